@@ -1,0 +1,235 @@
+"""Which boxes does the detector start from, and how do they lie on the image? (axis 4)
+
+Anchors of a pyramid level repeat one small set of cell anchors at every location of a regular
+lattice. `AnchorGrid` keeps that knowledge beside the boxes: a rule that looks for the locations
+nearest to an object can compute them instead of searching all of them.
+"""
+
+from functools import cached_property
+from typing import List, Optional, Sequence, Tuple, Union
+
+import torch
+from torch import Tensor
+
+from detectron2.modeling.anchor_generator import (
+    ANCHOR_GENERATOR_REGISTRY,
+    DefaultAnchorGenerator,
+)
+from detectron2.structures import Boxes
+
+__all__ = ["AnchorGrid", "GridAnchorGenerator", "concatenate_anchors", "octave_sizes"]
+
+
+@torch.jit.script_if_tracing
+def _grid_boxes(cell_anchors: Tensor, feature: Tensor, stride: float, offset: float) -> Tensor:
+    # Scripted when traced: arange then takes size and device from the tensors of the run, while a
+    # plain trace would freeze those of the example image (as Detectron2 0.5's generator does).
+    height, width = feature.shape[-2], feature.shape[-1]
+    device = cell_anchors.device
+    x = (torch.arange(width, device=device, dtype=torch.float32) + offset) * stride
+    y = (torch.arange(height, device=device, dtype=torch.float32) + offset) * stride
+    x_grid = x.unsqueeze(0).expand(height, width)
+    y_grid = y.unsqueeze(1).expand(height, width)
+    centers = torch.stack((x_grid, y_grid, x_grid, y_grid), dim=-1).reshape(-1, 1, 4)
+    return (centers + cell_anchors).reshape(-1, 4)
+
+
+class AnchorGrid:
+    """Anchors of one padded image size which also know the lattice they lie on.
+
+    The centre of column j, row i of a level is ((j + offset) * stride, (i + offset) * stride), and
+    all A anchors of that location are its cell anchors moved there. Anchors of a level are ordered
+    by row, column, anchor, as Detectron2 orders them; levels follow each other.
+
+    Args:
+        grid_sizes: L pairs (Hi, Wi): locations of each level.
+        strides: L strides in pixels.
+        cell_anchors: per level (A, 4) anchors xyxy around (0, 0), in pixels. A is the same on all
+            levels; every cell anchor is centred on (0, 0).
+        offset: centre of the first location in units of the stride, 0.5 by default.
+        device: where the anchors live; by default where the cell anchors are.
+
+    Raises:
+        ValueError: if the numbers of levels differ, or cell anchors have another shape.
+
+    Example:
+        >>> square = torch.tensor([[-4.0, -4.0, 4.0, 4.0]])
+        >>> AnchorGrid([(1, 2)], [8], [square]).boxes[0].tensor
+        tensor([[ 0.,  0.,  8.,  8.],
+                [ 8.,  0., 16.,  8.]])
+    """
+
+    def __init__(
+        self,
+        grid_sizes: Sequence[Tuple[int, int]],
+        strides: Sequence[float],
+        cell_anchors: Sequence[Tensor],
+        offset: float = 0.5,
+        device: Optional[Union[str, torch.device]] = None,
+    ):
+        if not len(grid_sizes) == len(strides) == len(cell_anchors) > 0:
+            raise ValueError(
+                "AnchorGrid needs one grid size, one stride and one set of cell anchors per level, "
+                f"got {len(grid_sizes)}, {len(strides)} and {len(cell_anchors)}."
+            )
+        num_anchors = {tuple(cell.shape) for cell in cell_anchors}
+        if len(num_anchors) != 1 or cell_anchors[0].dim() != 2 or cell_anchors[0].shape[1] != 4:
+            raise ValueError(
+                "AnchorGrid needs cell anchors of one shape (A, 4) on all levels, got shapes "
+                f"{[tuple(cell.shape) for cell in cell_anchors]}."
+            )
+        self.device = torch.device(device) if device is not None else cell_anchors[0].device
+        self.grid_sizes = [(int(height), int(width)) for height, width in grid_sizes]
+        self.strides = [float(stride) for stride in strides]
+        self.cell_anchors = [cell.to(self.device, torch.float32) for cell in cell_anchors]
+        self.offset = float(offset)
+
+    @property
+    def num_cell_anchors(self) -> int:
+        """A, the number of anchors at each location."""
+        return len(self.cell_anchors[0])
+
+    @property
+    def num_anchors_per_level(self) -> List[int]:
+        """Hi * Wi * A for each level."""
+        return [height * width * self.num_cell_anchors for height, width in self.grid_sizes]
+
+    @cached_property
+    def boxes(self) -> List[Boxes]:
+        """L `Boxes`, each (Hi * Wi * A, 4), xyxy in pixels of the padded input."""
+        return [
+            Boxes(_grid_boxes(cell, cell.new_empty(0, height, width), stride, self.offset))
+            for cell, (height, width), stride in zip(
+                self.cell_anchors, self.grid_sizes, self.strides
+            )
+        ]
+
+    def __len__(self) -> int:
+        return len(self.grid_sizes)
+
+
+def concatenate_anchors(anchors: Union[AnchorGrid, Sequence[Boxes]]) -> Tensor:
+    """Boxes of all levels in one tensor.
+
+    Args:
+        anchors: an `AnchorGrid`, or L `Boxes`.
+
+    Returns:
+        (R, 4) xyxy in pixels.
+    """
+    boxes = anchors.boxes if isinstance(anchors, AnchorGrid) else anchors
+    return torch.cat([level.tensor for level in boxes])
+
+
+def octave_sizes(
+    strides: Sequence[float] = (8, 16, 32, 64, 128), scale: float = 8, scales_per_octave: int = 1
+) -> List[List[float]]:
+    """Anchor sizes per level: `scale` times the stride, times 2^(j / scales_per_octave).
+
+    The paper uses one square of eight strides (Sec. 3.1); RetinaNet three sizes from four strides.
+
+    Args:
+        strides: strides of the levels in pixels.
+        scale: size of the smallest anchor in strides.
+        scales_per_octave: number of sizes on a level.
+
+    Returns:
+        L lists of `scales_per_octave` sizes (square roots of area) in pixels.
+
+    Raises:
+        ValueError: if a stride, the scale or the number of scales is not positive.
+
+    Example:
+        >>> octave_sizes([8, 16])
+        [[64.0], [128.0]]
+    """
+    if not (scale > 0 and scales_per_octave >= 1 and all(stride > 0 for stride in strides)):
+        raise ValueError(
+            "octave_sizes needs positive strides, a positive scale and at least one scale per "
+            f"octave, got strides={list(strides)}, scale={scale}, "
+            f"scales_per_octave={scales_per_octave}."
+        )
+    octaves = [2 ** (j / scales_per_octave) for j in range(scales_per_octave)]
+    return [[float(stride * scale * octave) for octave in octaves] for stride in strides]
+
+
+@ANCHOR_GENERATOR_REGISTRY.register()
+class GridAnchorGenerator(DefaultAnchorGenerator):
+    """Detectron2's anchor generator, which can also hand out the lattice behind its anchors.
+
+    `forward` returns a list of `Boxes`, so any Detectron2 model can use it. `grid` returns the same
+    anchors as an `AnchorGrid`.
+
+    Args:
+        sizes: anchor sizes (square roots of area, pixels), a list for all levels or one per level.
+        aspect_ratios: height / width, a list for all levels or one per level.
+        strides: strides of the features in pixels.
+        offset: centre of the first location in strides, in [0, 1).
+
+    Raises:
+        ValueError: for sizes, ratios or strides that are not positive, an offset outside [0, 1), or
+            levels that differ in number of anchors.
+    """
+
+    def __init__(self, *args, **kwargs):
+        # Detectron2's @configurable __init__ turns a (cfg, shapes) call into the keywords above.
+        offset = kwargs.get("offset", 0.5)
+        if not 0.0 <= offset < 1.0:
+            raise ValueError(f"anchor_generator.offset must be in [0, 1), got {offset}.")
+        super().__init__(*args, **kwargs)
+        if len(set(self.num_anchors)) != 1:
+            raise ValueError(
+                "GridAnchorGenerator needs the same number of anchors per location on every level, "
+                f"got {self.num_anchors}: the levels share one head. Give each level as many sizes "
+                "and ratios."
+            )
+
+    def _calculate_anchors(self, sizes, aspect_ratios):
+        # Called by the parent's __init__ when sizes and ratios are one list per level.
+        _check_positive("anchor_generator.sizes", sizes)
+        _check_positive("anchor_generator.aspect_ratios", aspect_ratios)
+        _check_positive("anchor_generator.strides", [self.strides])
+        return super()._calculate_anchors(sizes, aspect_ratios)
+
+    def _grid_anchors(self, features: Sequence[Tensor]) -> List[Tensor]:
+        cells = list(self.cell_anchors)
+        if len(features) != len(cells):
+            raise ValueError(
+                f"anchor_generator has {len(cells)} strides {list(self.strides)} but got "
+                f"{len(features)} feature maps; give it one stride per feature."
+            )
+        return [
+            _grid_boxes(cell, feature, float(stride), float(self.offset))
+            for cell, feature, stride in zip(cells, features, self.strides)
+        ]
+
+    def forward(self, features: Sequence[Tensor]) -> List[Boxes]:
+        """Anchors of each level.
+
+        Args:
+            features: L feature maps (N, C, Hi, Wi); only their sizes matter.
+
+        Returns:
+            L `Boxes`, (Hi * Wi * A, 4), xyxy in pixels of the padded input.
+        """
+        return [Boxes(boxes) for boxes in self._grid_anchors(features)]
+
+    def grid(self, features: Sequence[Tensor]) -> AnchorGrid:
+        """The same anchors as `forward` gives, with their lattice.
+
+        Args:
+            features: L feature maps (N, C, Hi, Wi); only their sizes matter.
+
+        Returns:
+            `AnchorGrid` on the device of the generator.
+
+        Raises:
+            ValueError: if there are not as many features as strides.
+        """
+        grid_sizes = [tuple(feature.shape[-2:]) for feature in features]
+        return AnchorGrid(grid_sizes, self.strides, list(self.cell_anchors), self.offset)
+
+
+def _check_positive(name: str, values: Sequence[Sequence[float]]) -> None:
+    if not all(value > 0 for level in values for value in level):
+        raise ValueError(f"{name} must be positive, got {[list(level) for level in values]}.")

@@ -1,0 +1,140 @@
+"""Which anchors of each level are nearest to an object?
+
+The first half of ATSS's rule. On a lattice the answer is computed from the position of the object;
+`nearest_anchors` searches anchors that lie anyhow.
+"""
+
+import itertools
+from functools import lru_cache
+from typing import List, NamedTuple, Sequence, Tuple
+
+import torch
+from torch import Tensor
+
+from detectron2.structures import Boxes
+
+from ..anchors import AnchorGrid
+from ..geometry import box_centers, center_distances
+from .assignment import host_constant
+
+__all__ = ["Candidates", "nearest_anchors", "nearest_on_lattice"]
+
+# Key of a location that does not exist: sorts behind every distance.
+_NOWHERE = torch.iinfo(torch.int64).max
+
+
+class Candidates(NamedTuple):
+    """The C candidate anchors of each of M objects, levels in order, nearest first on each.
+
+    Attributes:
+        anchor_idxs: (M, C) int64 indices into the R anchors of an image.
+        boxes: (M, C, 4) those anchors, xyxy in pixels.
+    """
+
+    anchor_idxs: Tensor
+    boxes: Tensor
+
+
+def nearest_on_lattice(anchors: AnchorGrid, centers: Tensor, topk: int) -> Candidates:
+    """Anchors of the k locations nearest to each point on every level, found on the lattice.
+
+    Nearest by dx * dx + dy * dy in float32; of equal distances the smaller flat (row-major) index
+    comes first, on every device. Only locations among the nearest columns and the nearest rows can
+    be among the k nearest, so a few dozen are compared per level, however large the level is
+    (`_window_ranks`). Exact for points within 2^15 px of the lattice.
+
+    Args:
+        anchors: the grid, L levels with A anchors per location.
+        centers: (M, 2) points (x, y) in pixels, inside the image or not.
+        topk: k; a level with fewer locations gives all of them.
+
+    Returns:
+        `Candidates` with C = sum over levels of min(k, Hi * Wi) * A.
+    """
+    device = anchors.device
+    heights, widths = zip(*anchors.grid_sizes)
+    size = host_constant([widths, heights], device)  # (2, L): axis x, y before levels from here on
+    stride = host_constant(anchors.strides, device, torch.float32)  # (L,)
+    reach = (topk + 2) // 2  # the k + 1 nearest columns lie within so many of the nearest one
+    span = torch.arange(2 * reach + 1, device=device)
+
+    points = centers.unsqueeze(-1)  # (M, 2, 1)
+    # Equally near columns: the smaller one, hence ceil(u - 1/2) and not round(u).
+    nearest = torch.ceil(points / stride - anchors.offset - 0.5).to(torch.int64)
+    first = torch.minimum(nearest - reach, size - len(span)).clamp(min=0)
+    places = first.unsqueeze(-1) + span  # (M, 2, L, S) columns, rows
+    steps = (places + anchors.offset) * stride.unsqueeze(-1) - points.unsqueeze(-1)
+    steps = steps.masked_fill(places >= size.unsqueeze(-1), float("inf"))
+    order = steps.abs().sort(dim=-1, stable=True).indices
+    places, steps = places.gather(-1, order), steps.gather(-1, order)  # nearest first
+
+    column_ranks, row_ranks = host_constant(_window_ranks(topk), device)  # (T,) each
+    columns, rows = places[:, 0, :, column_ranks], places[:, 1, :, row_ranks]  # (M, L, T)
+    dx, dy = steps[:, 0, :, column_ranks], steps[:, 1, :, row_ranks]
+    distances = dx * dx + dy * dy
+    locations = rows * size[0].unsqueeze(-1) + columns  # row-major within the level
+    # Bits of non-negative floats sort as the floats do; the location behind them breaks ties.
+    keys = (distances.view(torch.int32).to(torch.int64) << 32) | locations
+    keys = keys.masked_fill(distances.isinf(), _NOWHERE)
+    keys = keys.topk(min(topk, keys.shape[-1]), dim=-1, largest=False).values  # (M, L, k)
+
+    # A level of fewer than k locations fills up with _NOWHERE; how many is known on the host.
+    counts = [min(topk, height * width) for height, width in anchors.grid_sizes]
+    locations = torch.cat([keys[:, i, :n] for i, n in enumerate(counts)], dim=1) & 0xFFFFFFFF
+    level = host_constant([i for i, n in enumerate(counts) for _ in range(n)], device)  # (C / A,)
+    width = size[0][level]
+    rows = torch.div(locations, width, rounding_mode="floor")  # (M, C / A)
+    points = torch.stack((locations - rows * width, rows), dim=-1)
+    points = (points + anchors.offset) * stride[level].unsqueeze(-1)  # (M, C / A, 2)
+
+    cells = torch.stack(anchors.cell_anchors)[level]  # (C / A, A, 4)
+    boxes = points.repeat(1, 1, 2).unsqueeze(2) + cells  # (M, C / A, A, 4)
+    num_cells = anchors.num_cell_anchors
+    first_anchors = list(itertools.accumulate([0] + anchors.num_anchors_per_level[:-1]))
+    anchor_idxs = host_constant(first_anchors, device)[level] + locations * num_cells
+    anchor_idxs = anchor_idxs.unsqueeze(-1) + torch.arange(num_cells, device=device)
+    return Candidates(anchor_idxs.flatten(1), boxes.flatten(1, 2))
+
+
+def nearest_anchors(anchors: Sequence[Boxes], centers: Tensor, topk: int) -> Candidates:
+    """The k anchors nearest to each point on every level, for anchors that lie anyhow.
+
+    Args:
+        anchors: L `Boxes`.
+        centers: (M, 2) points (x, y) in pixels.
+        topk: k anchors per level; of equal distances the smaller index comes first.
+
+    Returns:
+        `Candidates` with C = sum over levels of min(k, Ri).
+    """
+    anchor_idxs: List[Tensor] = []
+    boxes: List[Tensor] = []
+    first = 0
+    for level in anchors:
+        distances = center_distances(centers.unsqueeze(1), box_centers(level.tensor))  # (M, Ri)
+        idxs = torch.arange(len(level), device=level.device)
+        keys = (distances.view(torch.int32).to(torch.int64) << 32) | idxs
+        nearest = keys.topk(min(topk, len(level)), dim=1, largest=False).values & 0xFFFFFFFF
+        anchor_idxs.append(nearest + first)
+        boxes.append(level.tensor[nearest])
+        first += len(level)
+    return Candidates(torch.cat(anchor_idxs, dim=1), torch.cat(boxes, dim=1))
+
+
+@lru_cache(maxsize=None)
+def _window_ranks(topk: int) -> Tuple[Tuple[int, ...], Tuple[int, ...]]:
+    """Pairs (rank by |dx|, rank by |dy|), from 0, of the locations that can be among the k nearest.
+
+    A location of ranks (a, b), counted from 1, is no nearer than the a * b locations whose ranks
+    are both no larger, itself among them. Rounding can make neighbours in rank equally near, so
+    those that differ by at most one rank on either axis (up to four, itself among them) do not
+    count against it. Once k others do, it is out.
+    """
+    ranks = range(1, topk + 2)
+    pairs = [
+        (a - 1, b - 1)
+        for a, b in itertools.product(ranks, ranks)
+        if a * b - min(a, 2) * min(b, 2) < topk
+    ]
+    columns, rows = zip(*pairs)
+    return columns, rows

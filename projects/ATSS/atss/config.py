@@ -1,0 +1,71 @@
+"""Which keys does a YAML config have?
+
+Keys are the constructor arguments in capitals. In nodes with a NAME, None means the default of the
+named class, and a key that the class does not take is refused when the model is built.
+"""
+
+from detectron2.config import CfgNode as CN
+
+__all__ = ["add_atss_config"]
+
+
+def add_atss_config(cfg: CN) -> None:
+    """Add MODEL.ATSS and the recipe keys of the paper to Detectron2's config.
+
+    Args:
+        cfg: as `detectron2.config.get_cfg()` returns it; changed in place, as Detectron2's projects
+            do.
+    """
+    atss = cfg.MODEL.ATSS = CN()
+    atss.NUM_CLASSES = 80
+    atss.IN_FEATURES = ["p3", "p4", "p5", "p6", "p7"]
+    atss.RELU_BEFORE_P7 = True
+
+    # Axis 1: which anchors are positive.
+    atss.ASSIGNER = CN()
+    atss.ASSIGNER.NAME = "ATSSAssigner"
+    for key in (
+        "TOPK",
+        "CENTER_MARGIN",
+        "CENTER_IN_GT",
+        "MIN_POSITIVES_PER_GT",
+        "THRESHOLDS",
+        "ALLOW_LOW_QUALITY_MATCHES",
+        "SIZE_RANGES",
+        "CENTER_SAMPLING_RADIUS",
+    ):
+        atss.ASSIGNER[key] = None
+
+    # Axis 2: where regression starts.
+    atss.BOX2BOX_TRANSFORM = CN()
+    atss.BOX2BOX_TRANSFORM.NAME = "Box2BoxTransform"
+    atss.BOX2BOX_TRANSFORM.WEIGHTS = None  # (10, 10, 5, 5) for boxes
+    atss.BOX2BOX_TRANSFORM.ANCHOR_SCALE = None
+
+    # Axis 3: what any head can have.
+    atss.HEAD = CN()
+    atss.HEAD.NAME = "ATSSHead"
+    atss.HEAD.NUM_CONVS = 4
+    atss.HEAD.NORM = "GN"
+    atss.HEAD.CENTERNESS = True
+    atss.HEAD.LEVEL_SCALES = True
+    atss.HEAD.DEFORMABLE = False
+    atss.HEAD.CONV_BIAS = True
+    atss.HEAD.BBOX_BIAS = None  # 0 for boxes, 4 for points
+    atss.HEAD.PRIOR_PROB = 0.01
+
+    atss.LOSS = CN()
+    atss.LOSS.BOX_LOSS = "giou"
+    atss.LOSS.BOX_LOSS_WEIGHT = 2.0
+    atss.LOSS.FOCAL_ALPHA = 0.25
+    atss.LOSS.FOCAL_GAMMA = 2.0
+    atss.LOSS.SMOOTH_L1_BETA = 0.11
+
+    # Axis 4, anchors per location, is Detectron2's MODEL.ANCHOR_GENERATOR.
+
+    atss.SCORE_THRESH = 0.05
+    atss.TOPK_CANDIDATES = 1000
+    atss.NMS_THRESH = 0.6
+    atss.SQRT_SCORE = True
+    atss.BOX_OFFSET = 0.0
+    atss.STATS_PERIOD = 0

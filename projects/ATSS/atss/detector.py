@@ -1,0 +1,216 @@
+"""The whole detector: images in, instances out."""
+
+from typing import Dict, List, Optional, Sequence, Tuple
+
+import torch
+from torch import Tensor, nn
+
+from detectron2.config import configurable
+from detectron2.data.detection_utils import convert_image_to_rgb
+from detectron2.modeling import META_ARCH_REGISTRY, build_backbone
+from detectron2.modeling.backbone import Backbone
+from detectron2.modeling.postprocessing import detector_postprocess
+from detectron2.structures import ImageList, Instances
+from detectron2.utils.events import get_event_storage
+
+from .proposal_generator import ATSS
+
+__all__ = ["ATSSDetector", "build_detector"]
+
+
+@META_ARCH_REGISTRY.register()
+class ATSSDetector(nn.Module):
+    """One-stage detector: a backbone and the dense core on top of it.
+
+    Args:
+        backbone: images -> feature maps by name.
+        proposal_generator: the dense core.
+        pixel_mean: mean of each channel, subtracted from the input.
+        pixel_std: deviation of each channel, divided by.
+        input_format: order of the channels the model was trained with, "BGR" or "RGB".
+        vis_period: every so many iterations, draw ground truth and detections into the event
+            storage; 0 never.
+    """
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        backbone: Backbone,
+        proposal_generator: ATSS,
+        pixel_mean: Sequence[float],
+        pixel_std: Sequence[float],
+        input_format: str = "BGR",
+        vis_period: int = 0,
+    ):
+        super().__init__()
+        if len(pixel_mean) != len(pixel_std):
+            raise ValueError(
+                f"pixel_mean has {len(pixel_mean)} channels, pixel_std {len(pixel_std)}; they need "
+                "one value per channel of the input."
+            )
+        self.backbone = backbone
+        self.proposal_generator = proposal_generator
+        self.input_format = input_format
+        self.vis_period = vis_period
+        mean, std = torch.tensor(list(pixel_mean)), torch.tensor(list(pixel_std))
+        self.register_buffer("pixel_mean", mean.view(-1, 1, 1), persistent=False)
+        self.register_buffer("pixel_std", std.view(-1, 1, 1), persistent=False)
+
+    @classmethod
+    def from_config(cls, cfg):
+        backbone = build_backbone(cfg)
+        return {
+            "backbone": backbone,
+            "proposal_generator": ATSS(cfg, backbone.output_shape()),
+            "pixel_mean": cfg.MODEL.PIXEL_MEAN,
+            "pixel_std": cfg.MODEL.PIXEL_STD,
+            "input_format": cfg.INPUT.FORMAT,
+            "vis_period": cfg.VIS_PERIOD,
+        }
+
+    @property
+    def device(self) -> torch.device:
+        return self.pixel_mean.device
+
+    def forward(self, batched_inputs: List[Dict]):
+        """Train on or detect in a batch of images.
+
+        Args:
+            batched_inputs: N dicts of Detectron2's `DatasetMapper`: "image" (C, H, W) in 0..255, in
+                training "instances" with `gt_boxes` (pixels of the image) and `gt_classes`; "height"
+                and "width" tell the size that detections are wanted in.
+
+        Returns:
+            In training, dict of losses. In evaluation, N dicts {"instances": `Instances`} with
+            `pred_boxes`, `scores` and `pred_classes`.
+
+        Raises:
+            ValueError: for ground truth that is missing, not finite, inverted or of a class that
+                does not exist.
+        """
+        images = self.preprocess_image(batched_inputs)
+        if not self.training:
+            features = self.backbone(images.tensor)
+            results, _ = self.proposal_generator(images, features)
+            return self._postprocess(results, batched_inputs, images.image_sizes)
+
+        gt_instances = self._gt_instances(batched_inputs)
+        features = self.backbone(images.tensor)
+        _, losses = self.proposal_generator(images, features, gt_instances)
+        if self.vis_period > 0 and get_event_storage().iter % self.vis_period == 0:
+            self.visualize_training(batched_inputs, images, features)
+        return losses
+
+    def preprocess_image(self, batched_inputs: List[Dict]) -> ImageList:
+        """Normalise the images, pad them to one size that the strides divide."""
+        images = [x["image"].to(self.device, non_blocking=True) for x in batched_inputs]
+        images = [(x - self.pixel_mean) / self.pixel_std for x in images]
+        return ImageList.from_tensors(images, self.backbone.size_divisibility)
+
+    def visualize_training(
+        self, batched_inputs: List[Dict], images: ImageList, features: Dict[str, Tensor]
+    ) -> None:
+        """Put a picture of the first image, ground truth above detections, into the storage."""
+        from detectron2.utils.visualizer import Visualizer  # matplotlib, only if asked for
+
+        max_boxes = 20
+        core = self.proposal_generator
+        with torch.no_grad():
+            feature_list = [features[name][:1] for name in core.in_features]
+            results = core.inference(core.head(feature_list), feature_list, images.image_sizes[:1])
+        image = batched_inputs[0]["image"].cpu().permute(1, 2, 0)
+        image = convert_image_to_rgb(image, self.input_format)
+        gt_boxes = batched_inputs[0]["instances"].gt_boxes.tensor.cpu()
+        pred_boxes = results[0].pred_boxes.tensor[:max_boxes].cpu()
+        rows = [
+            Visualizer(image, None).overlay_instances(boxes=boxes.numpy()).get_image()
+            for boxes in (gt_boxes, pred_boxes)
+        ]
+        picture = torch.cat([torch.as_tensor(row) for row in rows]).permute(2, 0, 1).numpy()
+        name = f"Top: GT bounding boxes; Bottom: {max_boxes} highest scoring results"
+        get_event_storage().put_image(name, picture)
+
+    def _gt_instances(self, batched_inputs: List[Dict]) -> List[Instances]:
+        num_classes = self.proposal_generator.num_classes
+        for i, inputs in enumerate(batched_inputs):
+            if "instances" not in inputs:
+                raise ValueError(
+                    f"Training needs ground truth, but image {inputs.get('image_id', i)!r} of the "
+                    "batch has no 'instances'. Use a DatasetMapper with is_train=True."
+                )
+            check_gt_instances(inputs["instances"], num_classes, inputs.get("image_id", i))
+        return [inputs["instances"].to(self.device) for inputs in batched_inputs]
+
+    @staticmethod
+    def _postprocess(
+        results: List[Instances],
+        batched_inputs: List[Dict],
+        image_sizes: List[Tuple[int, int]],
+    ) -> List[Dict[str, Instances]]:
+        processed = []
+        for result, inputs, image_size in zip(results, batched_inputs, image_sizes):
+            height = inputs.get("height", image_size[0])
+            width = inputs.get("width", image_size[1])
+            processed.append({"instances": detector_postprocess(result, height, width)})
+        return processed
+
+
+def check_gt_instances(instances: Instances, num_classes: int, image_id: Optional[object]) -> None:
+    """Refuse ground truth that would turn into NaN losses or a CUDA assertion later.
+
+    Only looks at ground truth that is still on the host: there it costs microseconds, on a GPU it
+    would wait for all queued work.
+
+    Args:
+        instances: `gt_boxes` xyxy in pixels and `gt_classes` of one image.
+        num_classes: K.
+        image_id: how the message names the image.
+
+    Raises:
+        ValueError: naming the image, the object and its values.
+    """
+    boxes = instances.gt_boxes.tensor
+    if boxes.device.type != "cpu" or len(boxes) == 0:
+        return
+    is_bad = ~torch.isfinite(boxes).all(dim=1) | (boxes[:, 2:] < boxes[:, :2]).any(dim=1)
+    if is_bad.any():
+        i = int(is_bad.nonzero()[0])
+        raise ValueError(
+            f"Ground-truth box {i} of image {image_id!r} is {boxes[i].tolist()}; boxes need finite "
+            "x1 <= x2 and y1 <= y2 in pixels. Check the annotations and the augmentations."
+        )
+    classes = instances.gt_classes
+    is_bad = (classes < 0) | (classes >= num_classes)
+    if is_bad.any():
+        i = int(is_bad.nonzero()[0])
+        raise ValueError(
+            f"Object {i} of image {image_id!r} has class {int(classes[i])}, but the model has "
+            f"{num_classes} classes (0 to {num_classes - 1}). Change model.num_classes "
+            "(MODEL.ATSS.NUM_CLASSES) or the annotations."
+        )
+
+
+def build_detector(
+    *,
+    backbone: Backbone,
+    pixel_mean: Sequence[float],
+    pixel_std: Sequence[float],
+    input_format: str = "BGR",
+    vis_period: int = 0,
+    **parts,
+) -> ATSSDetector:
+    """A detector from its parts in one flat list, so that a config says `model.assigner = ...`.
+
+    Args:
+        backbone, pixel_mean, pixel_std, input_format, vis_period: see `ATSSDetector`.
+        **parts: keyword arguments of `ATSS`: head, anchor_generator, assigner, ...
+    """
+    return ATSSDetector(
+        backbone=backbone,
+        proposal_generator=ATSS(**parts),
+        pixel_mean=pixel_mean,
+        pixel_std=pixel_std,
+        input_format=input_format,
+        vis_period=vis_period,
+    )

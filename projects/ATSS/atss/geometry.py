@@ -1,0 +1,108 @@
+"""How far are points from boxes, and boxes from boxes?
+
+The few formulas that assigners, losses and targets share. All of them are elementwise and broadcast,
+in float32 pixels of Detectron2's continuous coordinates: a box is (x1, y1, x2, y2), its width
+x2 - x1.
+"""
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "box_areas",
+    "box_centers",
+    "center_distances",
+    "centers_inside",
+    "elementwise_iou",
+    "ltrb_distances",
+]
+
+
+def box_centers(boxes: Tensor) -> Tensor:
+    """Centre of each box.
+
+    Args:
+        boxes: (..., 4) boxes xyxy in pixels.
+
+    Returns:
+        (..., 2) centres (x, y) in pixels.
+    """
+    return (boxes[..., :2] + boxes[..., 2:]) * 0.5
+
+
+def box_areas(boxes: Tensor) -> Tensor:
+    """Area of each box.
+
+    Args:
+        boxes: (..., 4) boxes xyxy in pixels.
+
+    Returns:
+        (...) areas in square pixels; not clamped, so an inverted box shows.
+    """
+    return (boxes[..., 2] - boxes[..., 0]) * (boxes[..., 3] - boxes[..., 1])
+
+
+def ltrb_distances(centers: Tensor, boxes: Tensor) -> Tensor:
+    """Signed distances from a point to the left, top, right and bottom side of a box (FCOS, Eq. 1).
+
+    Args:
+        centers: (..., 2) points (x, y) in pixels.
+        boxes: (..., 4) boxes xyxy in pixels; leading axes broadcast with those of `centers`.
+
+    Returns:
+        (..., 4) distances l, t, r, b in pixels, positive on the inner side of each edge.
+
+    Example:
+        >>> ltrb_distances(torch.tensor([3.0, 4.0]), torch.tensor([1.0, 1.0, 5.0, 9.0]))
+        tensor([2., 3., 2., 5.])
+    """
+    return torch.cat((centers - boxes[..., :2], boxes[..., 2:] - centers), dim=-1)
+
+
+def centers_inside(centers: Tensor, boxes: Tensor, margin: float = 0.0) -> Tensor:
+    """Whether a point lies inside a box by more than a margin on all four sides (Sec. 3.2).
+
+    Args:
+        centers: (..., 2) points (x, y) in pixels.
+        boxes: (..., 4) boxes xyxy in pixels; leading axes broadcast with those of `centers`.
+        margin: least distance to every side in pixels, itself excluded.
+
+    Returns:
+        (...) bool.
+    """
+    return ltrb_distances(centers, boxes).amin(dim=-1) > margin
+
+
+def center_distances(centers: Tensor, other_centers: Tensor) -> Tensor:
+    """Squared Euclidean distance between points: dx * dx + dy * dy, for ranking by nearness.
+
+    The square root is left out: it is monotonic, and rounding it can merge distances that differ.
+
+    Args:
+        centers: (..., 2) points (x, y) in pixels.
+        other_centers: (..., 2) points (x, y) in pixels; leading axes broadcast.
+
+    Returns:
+        (...) squared distances in square pixels.
+    """
+    dx, dy = (centers - other_centers).unbind(dim=-1)
+    return dx * dx + dy * dy
+
+
+def elementwise_iou(boxes: Tensor, other_boxes: Tensor) -> Tensor:
+    """IoU of broadcast pairs, for when the pairs of interest are few (no M x R matrix).
+
+    Args:
+        boxes: (..., 4) boxes xyxy in pixels.
+        other_boxes: (..., 4) boxes xyxy in pixels; leading axes broadcast.
+
+    Returns:
+        (...) IoU in [0, 1]; 0 where the boxes do not overlap, also for boxes without area.
+    """
+    top_left = torch.maximum(boxes[..., :2], other_boxes[..., :2])
+    bottom_right = torch.minimum(boxes[..., 2:], other_boxes[..., 2:])
+    width, height = (bottom_right - top_left).clamp(min=0).unbind(dim=-1)
+    intersection = width * height
+    union = box_areas(boxes) + box_areas(other_boxes) - intersection
+    # As in Detectron2's pairwise_iou, 0/0 must be 0: it would poison the mean of its object.
+    return torch.where(intersection > 0, intersection / union, torch.zeros_like(union))
