@@ -158,14 +158,16 @@ def _remove_leftovers(root: Path) -> None:
 
 
 def _publish(partial: Path, root: Path, options: ToyShapesOptions) -> None:
-    """Move a complete set to its place, which an older one may still take up."""
+    """Move a complete set to its place, which a faulty one may still take up."""
     if root.exists():
+        if find_fault(root, options) is None:  # without a lock another process may be faster
+            return
         old = root.with_name(f".{root.name}.{uuid.uuid4().hex}.partial")
         os.rename(root, old)
         shutil.rmtree(old, ignore_errors=True)
     try:
         os.rename(partial, root)
-    except OSError:  # without a lock another process may have been faster
+    except OSError:  # or faster still
         if find_fault(root, options) is not None:
             raise
 
