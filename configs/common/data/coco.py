@@ -1,0 +1,52 @@
+"""COCO 2017 as the paper trains on it: short edge 800, long edge at most 1333, horizontal flip.
+
+`train_multi_scale` is the 2x recipe: every integer short edge from 640 to 800.
+"""
+
+from omegaconf import OmegaConf
+
+import detectron2.data.transforms as T
+from detectron2.config import LazyCall as L
+from detectron2.data import (
+    DatasetMapper,
+    build_detection_test_loader,
+    build_detection_train_loader,
+    get_detection_dataset_dicts,
+)
+from detectron2.evaluation import COCOEvaluator
+
+dataloader = OmegaConf.create()
+
+dataloader.train = L(build_detection_train_loader)(
+    dataset=L(get_detection_dataset_dicts)(names=["coco_2017_train"], filter_empty=True),
+    mapper=L(DatasetMapper)(
+        is_train=True,
+        augmentations=[
+            L(T.ResizeShortestEdge)(
+                short_edge_length=[800], sample_style="choice", max_size=1333
+            ),
+            L(T.RandomFlip)(horizontal=True),
+        ],
+        image_format="BGR",
+        use_instance_mask=False,
+    ),
+    total_batch_size=16,
+    num_workers=4,
+)
+
+dataloader.test = L(build_detection_test_loader)(
+    dataset=L(get_detection_dataset_dicts)(names=["coco_2017_val"], filter_empty=False),
+    mapper=L(DatasetMapper)(
+        is_train=False,
+        augmentations=[L(T.ResizeShortestEdge)(short_edge_length=800, max_size=1333)],
+        image_format="${...train.mapper.image_format}",
+    ),
+    num_workers=4,
+)
+
+dataloader.evaluator = L(COCOEvaluator)(dataset_name="${..test.dataset.names.0}", tasks=["bbox"])
+
+# Both ends belong to the range: with sample_style="range" the size is drawn from 640..800.
+multi_scale_resize = L(T.ResizeShortestEdge)(
+    short_edge_length=[640, 800], sample_style="range", max_size=1333
+)

@@ -1,0 +1,17 @@
+"""Everything else that a run needs to know."""
+
+train = dict(
+    output_dir="output",
+    init_checkpoint="detectron2://ImageNetPretrained/MSRA/R-50.pkl",
+    max_iter=90000,
+    # "float16" scales gradients and needs a GPU; "bfloat16" works everywhere.
+    amp=dict(enabled=False, precision="float16"),
+    channels_last=False,
+    ddp=dict(broadcast_buffers=False, find_unused_parameters=False, fp16_compression=False),
+    checkpointer=dict(period=5000, max_to_keep=100),
+    eval_period=5000,
+    log_period=20,
+    seed=-1,
+    # Taken if there is no GPU: "cpu".
+    device="cuda",
+)

@@ -1,0 +1,236 @@
+"""What did the detector see, and what was it told to learn?
+
+Pictures are (H, W, 3) uint8 arrays in BGR, OpenCV's order, so they can be written with `cv2.imwrite`
+as they are.
+"""
+
+from typing import Dict, List, Optional, Sequence, Tuple, Union
+
+import cv2
+import numpy as np
+import torch
+
+from detectron2.structures import Boxes
+
+from .anchors import AnchorGrid
+from .assigners import Assignment
+from .geometry import box_centers
+
+__all__ = ["draw_assignment", "draw_boxes", "draw_detections", "plot_training", "tile", "with_title"]
+
+_FONT = cv2.FONT_HERSHEY_SIMPLEX
+# Distinct on dark and light ground, BGR.
+_COLORS = (
+    (60, 76, 231), (113, 204, 46), (219, 152, 52), (18, 156, 243), (182, 89, 155),
+    (15, 196, 241), (156, 188, 26), (180, 105, 255), (255, 255, 0), (200, 200, 200),
+)  # fmt: skip
+
+
+def _color(index: int) -> Tuple[int, int, int]:
+    return _COLORS[index % len(_COLORS)]
+
+
+def draw_boxes(
+    image: np.ndarray,
+    boxes: Union[np.ndarray, torch.Tensor],
+    classes: Sequence[int],
+    texts: Sequence[str],
+    thickness: int = 1,
+) -> np.ndarray:
+    """Boxes with a label each, coloured by class.
+
+    Args:
+        image: (H, W, 3) uint8, left as it is.
+        boxes: (M, 4) xyxy in pixels.
+        classes: M class ids, for the colour.
+        texts: M labels; an empty one draws none.
+        thickness: of the lines in pixels.
+
+    Returns:
+        (H, W, 3) uint8.
+    """
+    picture = np.ascontiguousarray(image).copy()
+    for box, class_id, text in zip(np.asarray(boxes, dtype=np.float64), classes, texts):
+        x1, y1, x2, y2 = (int(round(value)) for value in box)
+        color = _color(int(class_id))
+        cv2.rectangle(picture, (x1, y1), (x2, y2), color, thickness, cv2.LINE_AA)
+        if text:
+            (width, height), base = cv2.getTextSize(text, _FONT, 0.33, 1)
+            top = max(y1 - height - base, 0)
+            left = min(max(x1, 0), max(picture.shape[1] - width, 0))
+            cv2.rectangle(picture, (left, top), (left + width, top + height + base), color, -1)
+            cv2.putText(
+                picture, text, (left, top + height), _FONT, 0.33, (0, 0, 0), 1, cv2.LINE_AA
+            )
+    return picture
+
+
+def draw_detections(
+    image: np.ndarray,
+    gt_boxes: torch.Tensor,
+    gt_classes: Sequence[int],
+    pred_boxes: torch.Tensor,
+    pred_classes: Sequence[int],
+    scores: Sequence[float],
+    class_names: Sequence[str],
+    score_thresh: float = 0.3,
+) -> np.ndarray:
+    """Ground truth on the left, detections on the right.
+
+    Args:
+        image: (H, W, 3) uint8 BGR.
+        gt_boxes, gt_classes: (M, 4) xyxy in pixels of the image, and M ids.
+        pred_boxes, pred_classes, scores: of D detections, in the same frame.
+        class_names: names by id.
+        score_thresh: detections below are left out.
+
+    Returns:
+        (H, 2 * W + 4, 3) uint8.
+    """
+    truth = draw_boxes(image, gt_boxes, gt_classes, [class_names[int(c)] for c in gt_classes])
+    keep = [i for i, score in enumerate(scores) if score >= score_thresh]
+    found = draw_boxes(
+        image,
+        pred_boxes[keep],
+        [pred_classes[i] for i in keep],
+        [f"{class_names[int(pred_classes[i])]} {100 * float(scores[i]):.0f}" for i in keep],
+    )
+    gap = np.full((image.shape[0], 4, 3), 255, np.uint8)
+    return np.concatenate((truth, gap, found), axis=1)
+
+
+def draw_assignment(
+    image: np.ndarray,
+    anchors: Union[AnchorGrid, Sequence[Boxes]],
+    assignment: Assignment,
+    gt_boxes: Boxes,
+    index: int = 0,
+    level_names: Optional[Sequence[str]] = None,
+) -> np.ndarray:
+    """Which anchors are positive for which object, one panel per pyramid level (Sec. 3.2).
+
+    An object keeps one colour in all panels. A dot is the centre of a positive anchor, the thin box
+    around it the anchor; dark crosses are ignored anchors. Objects without any positive are dashed
+    in white.
+
+    Args:
+        image: (H, W, 3) uint8 BGR.
+        anchors: of the image, padded or not.
+        assignment: of a batch that has this image.
+        gt_boxes: the image's objects in pixels.
+        index: which image of the batch.
+        level_names: titles of the panels; by default "level 1" and so on.
+
+    Returns:
+        (H + 22, about L * W, 3) uint8.
+    """
+    levels = anchors.boxes if isinstance(anchors, AnchorGrid) else anchors
+    labels = assignment.match_labels[index].cpu()
+    matched = assignment.matched_idxs[index].cpu()
+    learned = set(matched[labels == 1].tolist())
+    panels: List[np.ndarray] = []
+    first = 0
+    for i, level in enumerate(levels):
+        span = slice(first, first + len(level))
+        first += len(level)
+        positive = (labels[span] == 1).nonzero().squeeze(1)
+        ignored = (labels[span] < 0).nonzero().squeeze(1)
+        objects = matched[span][positive].tolist()
+        boxes = level.tensor.cpu()
+        panel = cv2.addWeighted(image, 0.45, np.full_like(image, 20), 0.55, 0)
+        for center in box_centers(boxes[ignored]).tolist():
+            point = (int(center[0]), int(center[1]))
+            cv2.drawMarker(panel, point, (90, 90, 90), cv2.MARKER_TILTED_CROSS, 4, 1)
+        faint = panel.copy()
+        for box, owner in zip(boxes[positive].round().int().tolist(), objects):
+            cv2.rectangle(faint, tuple(box[:2]), tuple(box[2:]), _color(owner), 1)
+        panel = cv2.addWeighted(faint, 0.35, panel, 0.65, 0)
+        for owner, box in enumerate(gt_boxes.tensor.cpu().round().int().tolist()):
+            _draw_object(panel, box, owner, owner in learned)
+        for center, owner in zip(box_centers(boxes[positive]).tolist(), objects):
+            point = (int(round(center[0])), int(round(center[1])))
+            cv2.circle(panel, point, 3, _color(owner), -1, cv2.LINE_AA)
+            cv2.circle(panel, point, 3, (0, 0, 0), 1, cv2.LINE_AA)
+        name = level_names[i] if level_names else f"level {i + 1}"
+        panels.append(with_title(panel, f"{name}: {len(positive)} positive"))
+    return tile(panels, columns=len(panels))
+
+
+def _draw_object(panel: np.ndarray, box: Sequence[int], owner: int, is_learned: bool) -> None:
+    x1, y1, x2, y2 = box
+    if is_learned:
+        cv2.rectangle(panel, (x1, y1), (x2, y2), _color(owner), 2)
+        return
+    for start in range(0, max(x2 - x1, y2 - y1), 6):
+        stop = start + 3
+        for y in (y1, y2):
+            cv2.line(panel, (min(x1 + start, x2), y), (min(x1 + stop, x2), y), (255, 255, 255), 1)
+        for x in (x1, x2):
+            cv2.line(panel, (x, min(y1 + start, y2)), (x, min(y1 + stop, y2)), (255, 255, 255), 1)
+
+
+def with_title(image: np.ndarray, title: str) -> np.ndarray:
+    """The picture under a white bar of 22 pixels with its title."""
+    bar = np.full((22, image.shape[1], 3), 255, np.uint8)
+    cv2.putText(bar, title, (4, 15), _FONT, 0.42, (0, 0, 0), 1, cv2.LINE_AA)
+    return np.concatenate((bar, image), axis=0)
+
+
+def tile(images: Sequence[np.ndarray], columns: int, gap: int = 4) -> np.ndarray:
+    """Pictures in a grid, row by row, smaller ones padded with white.
+
+    Args:
+        images: at least one (Hi, Wi, 3) uint8.
+        columns: pictures in a row.
+        gap: white pixels between them.
+
+    Returns:
+        (H, W, 3) uint8.
+    """
+    height = max(image.shape[0] for image in images)
+    width = max(image.shape[1] for image in images)
+    rows = -(-len(images) // columns)
+    columns = min(columns, len(images))
+    sheet = np.full(
+        (rows * (height + gap) - gap, columns * (width + gap) - gap, 3), 255, np.uint8
+    )
+    for i, image in enumerate(images):
+        y, x = (i // columns) * (height + gap), (i % columns) * (width + gap)
+        sheet[y : y + image.shape[0], x : x + image.shape[1]] = image
+    return sheet
+
+
+def plot_training(metrics: Sequence[Dict[str, float]], path: str, title: str = "") -> None:
+    """Losses and AP over iterations as a PNG.
+
+    Args:
+        metrics: records of Detectron2's metrics.json: "iteration", losses by name, and "bbox/AP",
+            "bbox/AP50" where the model was evaluated.
+        path: file to write.
+        title: of the picture.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    names = sorted({key for record in metrics for key in record if "loss" in key})
+    figure, (loss_axis, ap_axis) = plt.subplots(1, 2, figsize=(10, 4))
+    for name in names:
+        points = [(r["iteration"], r[name]) for r in metrics if name in r]
+        loss_axis.plot(*zip(*points), label=name, linewidth=2 if name == "total_loss" else 1)
+    loss_axis.set(xlabel="iteration", ylabel="loss", ylim=(0, None))
+    loss_axis.legend()
+    for name in ("bbox/AP", "bbox/AP50", "bbox/AP75"):
+        points = [(r["iteration"], r[name]) for r in metrics if name in r]
+        if points:
+            ap_axis.plot(*zip(*points), marker="o", label=name.split("/")[1])
+    ap_axis.set(xlabel="iteration", ylabel="AP (%), val split", ylim=(0, 100))
+    if ap_axis.lines:
+        ap_axis.legend()
+    for axis in (loss_axis, ap_axis):
+        axis.grid(alpha=0.3)
+    figure.suptitle(title)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
