@@ -5,6 +5,7 @@
 
 from omegaconf import OmegaConf
 
+from atss.data import load_dataset_dicts
 import detectron2.data.transforms as T
 from detectron2.config import LazyCall as L
 from detectron2.data import (
@@ -18,7 +19,8 @@ from detectron2.evaluation import COCOEvaluator
 dataloader = OmegaConf.create()
 
 dataloader.train = L(build_detection_train_loader)(
-    dataset=L(get_detection_dataset_dicts)(names=["coco_2017_train"], filter_empty=True),
+    # Checks every annotation before the first step.
+    dataset=L(load_dataset_dicts)(names=["coco_2017_train"], num_classes="${model.num_classes}"),
     mapper=L(DatasetMapper)(
         is_train=True,
         augmentations=[

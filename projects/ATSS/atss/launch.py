@@ -1,0 +1,112 @@
+"""How does a run become several processes, with or without GPUs?
+
+Detectron2's `launch` asks for CUDA up to version 0.6; this one falls back to gloo on the CPU.
+"""
+
+import logging
+import socket
+from datetime import timedelta
+from typing import Any, Callable, Tuple
+
+import torch
+from torch import distributed as dist
+from torch import multiprocessing
+
+from detectron2.utils import comm
+
+__all__ = ["launch"]
+
+logger = logging.getLogger(__name__)
+
+
+def launch(
+    main_func: Callable[..., Any],
+    num_processes: int = 1,
+    num_machines: int = 1,
+    machine_rank: int = 0,
+    dist_url: str = "auto",
+    args: Tuple = (),
+    timeout: timedelta = timedelta(minutes=30),
+) -> None:
+    """Run a function in every worker of a distributed job.
+
+    Args:
+        main_func: called as `main_func(*args)`; must be importable by the workers.
+        num_processes: workers on this machine; with GPUs at most as many as there are.
+        num_machines: how many machines call this.
+        machine_rank: which of them this is.
+        dist_url: where workers meet, e.g. "tcp://127.0.0.1:8686"; "auto" finds a free port and
+            serves one machine.
+        args: of `main_func`.
+        timeout: how long a worker waits for the others.
+
+    Raises:
+        ValueError: for more workers than GPUs, or "auto" with several machines.
+    """
+    world_size = num_machines * num_processes
+    if num_processes < 1:
+        raise ValueError(f"launch needs at least one process, got {num_processes}.")
+    if world_size == 1:
+        main_func(*args)
+        return
+    num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if num_gpus and num_processes > num_gpus:
+        raise ValueError(
+            f"{num_processes} processes need as many GPUs, this machine has {num_gpus}. Lower "
+            "--num-gpus, or hide the GPUs (CUDA_VISIBLE_DEVICES=) to use CPU processes."
+        )
+    if dist_url == "auto":
+        if num_machines > 1:
+            raise ValueError("dist_url='auto' serves one machine; give several a common address.")
+        dist_url = f"tcp://127.0.0.1:{_free_port()}"
+    multiprocessing.spawn(
+        _worker,
+        nprocs=num_processes,
+        args=(main_func, world_size, num_processes, machine_rank, dist_url, args, timeout),
+    )
+
+
+def _free_port() -> int:
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _worker(
+    local_rank: int,
+    main_func: Callable[..., Any],
+    world_size: int,
+    num_processes: int,
+    machine_rank: int,
+    dist_url: str,
+    args: Tuple,
+    timeout: timedelta,
+) -> None:
+    has_gpu = torch.cuda.is_available()
+    dist.init_process_group(
+        backend="nccl" if has_gpu else "gloo",
+        init_method=dist_url,
+        world_size=world_size,
+        rank=machine_rank * num_processes + local_rank,
+        timeout=timeout,
+    )
+    try:
+        _create_local_group(num_processes, machine_rank, world_size)
+        if has_gpu:
+            torch.cuda.set_device(local_rank)
+        comm.synchronize()
+        main_func(*args)
+    finally:
+        dist.destroy_process_group()
+
+
+def _create_local_group(num_processes: int, machine_rank: int, world_size: int) -> None:
+    """The workers of one machine, which `comm.get_local_rank` and data loading ask for."""
+    if hasattr(comm, "create_local_process_group"):
+        comm.create_local_process_group(num_processes)
+        return
+    for machine in range(world_size // num_processes):
+        first = machine * num_processes
+        group = dist.new_group(list(range(first, first + num_processes)))
+        if machine == machine_rank:
+            comm._LOCAL_PROCESS_GROUP = group

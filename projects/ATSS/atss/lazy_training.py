@@ -1,0 +1,199 @@
+"""How does a LazyConfig become a trained model? The loop behind the Lazy training tool."""
+
+import argparse
+import logging
+import os
+from typing import Any, Dict, List, Optional, Sequence
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from torch import nn
+
+from detectron2.config import LazyConfig, instantiate
+from detectron2.engine import default_writers, hooks
+from detectron2.evaluation import inference_on_dataset, print_csv_format
+from detectron2.utils import comm
+
+from .checkpointer import ATSSCheckpointer, load_or_resume
+from .data import register_from_arguments
+from .training_loop import StepTrainer, autocast_dtype, create_ddp_model
+
+__all__ = [
+    "apply_overrides",
+    "build_model",
+    "choose_data",
+    "evaluate_lazy",
+    "load_lazy_config",
+    "train_lazy",
+]
+
+logger = logging.getLogger(__name__)
+
+
+def load_lazy_config(config_file: str, overrides: Sequence[str] = ()) -> DictConfig:
+    """A LazyConfig with overrides from the command line.
+
+    Args:
+        config_file: Python or saved YAML LazyConfig.
+        overrides: "key=value" strings, as `apply_overrides` takes them.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: for an override that changes nothing, see `apply_overrides`.
+    """
+    if not os.path.isfile(config_file):
+        raise FileNotFoundError(f"There is no config file {config_file!r} (--config-file).")
+    return apply_overrides(LazyConfig.load(config_file), overrides)
+
+
+def apply_overrides(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
+    """Set config entries, refusing those that nothing reads.
+
+    Entries of a part (a node with a `_target_`) may be new, since its constructor has the last
+    word; everywhere else the key must exist.
+
+    Args:
+        cfg: changed in place.
+        overrides: strings such as "model.assigner.topk=15".
+
+    Returns:
+        `cfg`.
+
+    Raises:
+        ValueError: for a string without "=", or a key that does not exist, listing those that do.
+    """
+    for override in overrides:
+        key, separator, _ = override.partition("=")
+        if not separator:
+            raise ValueError(
+                f"Override {override!r} has no '='; write key=value, e.g. train.max_iter=1000."
+            )
+        *path, name = key.lstrip("+").split(".")
+        parent = OmegaConf.select(cfg, ".".join(path)) if path else cfg
+        if isinstance(parent, DictConfig) and (name in parent or "_target_" in parent):
+            continue
+        if OmegaConf.is_list(parent) and name.isdigit() and int(name) < len(parent):
+            continue
+        where = ".".join(path) or "the config"
+        known = sorted(parent) if isinstance(parent, DictConfig) else "nothing: no such node"
+        raise ValueError(f"Unknown config key {key!r}; {where} has {known}.")
+    return LazyConfig.apply_overrides(cfg, list(overrides))
+
+
+def choose_data(cfg: DictConfig, args: argparse.Namespace) -> None:
+    """Put the user's own data into the config, or check the config's; take the classes from it.
+
+    Args:
+        cfg: changed in place: names of the data sets and `model.num_classes`.
+        args: of a parser with `add_dataset_arguments`; `opts` tells whether `model.num_classes` is
+            set explicitly.
+
+    Raises:
+        FileNotFoundError, ValueError: see `register_from_arguments`.
+    """
+    has_own = any(getattr(args, name, None) for name in ("train_json", "val_json"))
+    is_explicit = any(o.startswith("model.num_classes=") for o in getattr(args, "opts", None) or [])
+    num_classes = OmegaConf.select(cfg, "model.num_classes")
+    data = register_from_arguments(
+        args,
+        cfg.dataloader.train.dataset.names,
+        cfg.dataloader.test.dataset.names,
+        num_classes if is_explicit or not has_own else None,
+    )
+    if has_own:
+        cfg.dataloader.train.dataset.names = list(data.train)
+        cfg.dataloader.test.dataset.names = list(data.val)
+        if data.num_classes is not None:
+            cfg.model.num_classes = data.num_classes
+
+
+def build_model(cfg: DictConfig) -> nn.Module:
+    """The model of a LazyConfig on its device, the CPU where a GPU is asked for but missing."""
+    device = str(cfg.train.device)
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        logger.warning("train.device is %r but there is no GPU: using the CPU.", device)
+        device = "cpu"
+    model = instantiate(cfg.model).to(device)
+    if cfg.train.get("channels_last", False):
+        model = model.to(memory_format=torch.channels_last)
+    return model
+
+
+def evaluate_lazy(cfg: DictConfig, model: nn.Module) -> Optional[Dict[str, Any]]:
+    """Evaluate on `dataloader.test` with `dataloader.evaluator`, where the config has them.
+
+    Returns:
+        Results such as {"bbox": {"AP": ...}} in percent on the main process; None without a set.
+    """
+    if "evaluator" not in cfg.dataloader or not cfg.dataloader.test.dataset.names:
+        return None
+    results = inference_on_dataset(
+        model, instantiate(cfg.dataloader.test), instantiate(cfg.dataloader.evaluator)
+    )
+    if comm.is_main_process():
+        print_csv_format(results)
+    return results
+
+
+def train_lazy(
+    cfg: DictConfig, resume: bool = False, extra_hooks: Sequence[hooks.HookBase] = ()
+) -> Optional[Dict[str, Any]]:
+    """Train as a LazyConfig says, in this worker.
+
+    Args:
+        cfg: with `model`, `optimizer`, `lr_multiplier`, `dataloader` and `train`.
+        resume: go on from the last checkpoint in `train.output_dir`.
+        extra_hooks: registered before the writers, so that they see what these write.
+
+    Returns:
+        Results of the last evaluation on the main process, None if there was none.
+
+    Raises:
+        FileNotFoundError: nothing to resume, or the initial weights are missing.
+        ValueError: initial weights that match no parameter.
+        FloatingPointError: the loss became infinite or NaN.
+    """
+    model = build_model(cfg)
+    logger.info("Model:\n%s", model)
+    cfg.optimizer.params.model = model
+    optimizer = instantiate(cfg.optimizer)
+    cfg.optimizer.params.model = None
+    # Look before long work: a missing folder to resume from should not cost the data's loading.
+    checkpointer = ATSSCheckpointer(model, cfg.train.output_dir)
+    if resume and not checkpointer.has_checkpoint():
+        raise FileNotFoundError(
+            f"--resume: there is no checkpoint in {cfg.train.output_dir!r} (train.output_dir)."
+        )
+    loader = instantiate(cfg.dataloader.train)
+
+    ddp_model = create_ddp_model(model, **cfg.train.ddp)
+    device = next(model.parameters()).device
+    dtype = autocast_dtype(cfg.train.amp.enabled, cfg.train.amp.get("precision", "float16"), device)
+    trainer = StepTrainer(ddp_model, loader, optimizer, dtype)
+    checkpointer = ATSSCheckpointer(ddp_model, cfg.train.output_dir, trainer=trainer)
+    results: List[Optional[Dict[str, Any]]] = [None]
+
+    def evaluate():
+        results[0] = evaluate_lazy(cfg, ddp_model)
+        return results[0]
+
+    is_main = comm.is_main_process()
+    trainer.register_hooks(
+        [
+            hooks.IterationTimer(),
+            hooks.LRScheduler(scheduler=instantiate(cfg.lr_multiplier)),
+            hooks.PeriodicCheckpointer(checkpointer, **cfg.train.checkpointer) if is_main else None,
+            hooks.EvalHook(cfg.train.eval_period, evaluate),
+            *extra_hooks,
+            hooks.PeriodicWriter(
+                default_writers(cfg.train.output_dir, cfg.train.max_iter),
+                period=cfg.train.log_period,
+            )
+            if is_main
+            else None,
+        ]
+    )
+    load_or_resume(checkpointer, cfg.train.init_checkpoint, resume)
+    # A checkpoint holds the iteration that was just finished.
+    trainer.train(trainer.iter + 1 if resume else 0, cfg.train.max_iter)
+    return results[0]

@@ -1,0 +1,144 @@
+"""What happens in one step of training, on any device and in any precision?"""
+
+import time
+from typing import Any, Dict, Iterable, Optional
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from detectron2.engine import SimpleTrainer
+from detectron2.utils import comm
+
+__all__ = ["StepTrainer", "autocast_dtype", "create_ddp_model", "has_fast_bfloat16"]
+
+_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+def autocast_dtype(enabled: bool, precision: str, device: torch.device) -> Optional[torch.dtype]:
+    """Type that autocast computes in.
+
+    Args:
+        enabled: whether mixed precision was asked for.
+        precision: "float16", "bfloat16", or "auto": bfloat16 where the device computes in it
+            natively, else full precision.
+        device: of the model.
+
+    Returns:
+        The type, or None for full precision.
+
+    Raises:
+        ValueError: for an unknown precision, or float16 without a GPU.
+    """
+    if not enabled:
+        return None
+    if precision == "auto":
+        return torch.bfloat16 if has_fast_bfloat16(device) else None
+    if precision not in _DTYPES:
+        raise ValueError(
+            f"Unknown amp precision {precision!r}; known are {['auto', *_DTYPES]} "
+            "(train.amp.precision, SOLVER.AMP.PRECISION)."
+        )
+    if precision == "float16" and device.type != "cuda":
+        raise ValueError(
+            f"Mixed precision in float16 needs a GPU, the model is on {device.type!r}. Set "
+            "train.amp.precision (SOLVER.AMP.PRECISION) to 'bfloat16'."
+        )
+    return _DTYPES[precision]
+
+
+def has_fast_bfloat16(device: torch.device) -> bool:
+    """Whether bfloat16 is faster than float32 on a device, by its instruction set."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported()
+    try:
+        with open("/proc/cpuinfo") as file:
+            return any(
+                "avx512_bf16" in line or "amx_bf16" in line
+                for line in file
+                if line.startswith("flags")
+            )
+    except OSError:
+        return False
+
+
+class StepTrainer(SimpleTrainer):
+    """Detectron2's `SimpleTrainer` with mixed precision that does not need CUDA.
+
+    Gradients are scaled only for float16, whose range they leave; bfloat16 has that of float32.
+
+    Args:
+        model: training model, perhaps wrapped for data parallelism.
+        data_loader: iterable over batches.
+        optimizer: of the model.
+        dtype: autocast type, None for full precision.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        data_loader: Iterable,
+        optimizer: torch.optim.Optimizer,
+        dtype: Optional[torch.dtype] = None,
+    ):
+        super().__init__(model, data_loader, optimizer)
+        self.dtype = dtype
+        self.device_type = next(model.parameters()).device.type
+        scaler = getattr(torch.amp, "GradScaler", torch.cuda.amp.GradScaler)  # torch < 2.3 has the latter
+        self.grad_scaler = scaler() if dtype == torch.float16 else None
+
+    def run_step(self) -> None:
+        """One batch: forward, backward, update."""
+        assert self.model.training, "the model was changed to eval mode"
+        start = time.perf_counter()
+        data = next(self._data_loader_iter)
+        data_time = time.perf_counter() - start
+
+        with torch.autocast(self.device_type, self.dtype, enabled=self.dtype is not None):
+            losses = self.model(data)
+        total = sum(losses.values())
+        self.optimizer.zero_grad()
+        if self.grad_scaler is None:
+            total.backward()
+            self._write_metrics(losses, data_time)
+            self.optimizer.step()
+        else:
+            self.grad_scaler.scale(total).backward()
+            self._write_metrics(losses, data_time)
+            self.grad_scaler.step(self.optimizer)
+            self.grad_scaler.update()
+
+    def state_dict(self) -> Dict[str, Any]:
+        state = super().state_dict()
+        if self.grad_scaler is not None:
+            state["grad_scaler"] = self.grad_scaler.state_dict()
+        return state
+
+    def load_state_dict(self, state_dict: Dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        if self.grad_scaler is not None and "grad_scaler" in state_dict:
+            self.grad_scaler.load_state_dict(state_dict["grad_scaler"])
+
+
+def create_ddp_model(model: nn.Module, fp16_compression: bool = False, **kwargs) -> nn.Module:
+    """Wrap a model for data parallelism if there are several workers, on GPUs or the CPU.
+
+    Args:
+        model: on the device of this worker.
+        fp16_compression: send gradients in half precision.
+        **kwargs: of `DistributedDataParallel`.
+
+    Returns:
+        The wrapped model, or `model` itself in a single process.
+    """
+    if comm.get_world_size() == 1:
+        return model
+    device = next(model.parameters()).device
+    if device.type == "cuda":
+        kwargs.setdefault("device_ids", [device.index])
+    ddp = DistributedDataParallel(model, **kwargs)
+    if fp16_compression:
+        from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
+
+        ddp.register_comm_hook(state=None, hook=default_hooks.fp16_compress_hook)
+    return ddp
