@@ -33,6 +33,8 @@ def add_atss_config(cfg: CN) -> None:
         "ALLOW_LOW_QUALITY_MATCHES",
         "SIZE_RANGES",
         "CENTER_SAMPLING_RADIUS",
+        "STRIDES",
+        "BUDGET",
     ):
         atss.ASSIGNER[key] = None
 
@@ -69,3 +71,8 @@ def add_atss_config(cfg: CN) -> None:
     atss.SQRT_SCORE = True
     atss.BOX_OFFSET = 0.0
     atss.STATS_PERIOD = 0
+
+    cfg.SOLVER.OPTIMIZER = "SGD"  # or "AdamW"
+    # "float16" needs a GPU, "bfloat16" works everywhere, "auto" is bfloat16 where it is fast.
+    cfg.SOLVER.AMP.PRECISION = "float16"
+    cfg.SOLVER.CHANNELS_LAST = False

@@ -1,0 +1,137 @@
+"""How does a YAML config become a trained model? Detectron2's DefaultTrainer with our parts."""
+
+import os
+import weakref
+from typing import Any, Dict, List
+
+import torch
+from torch import nn
+
+from detectron2.config import CfgNode
+from detectron2.data import build_detection_train_loader
+from detectron2.engine import DefaultTrainer, TrainerBase
+from detectron2.evaluation import COCOEvaluator
+from detectron2.solver.build import maybe_add_gradient_clipping
+from detectron2.utils import comm
+
+from .checkpointer import ATSSCheckpointer, load_or_resume
+from .data import load_dataset_dicts
+from .optimizer import get_optimizer_params
+from .training_loop import StepTrainer, autocast_dtype, create_ddp_model
+
+__all__ = ["Trainer"]
+
+_OPTIMIZERS = ("SGD", "AdamW")
+
+
+class Trainer(DefaultTrainer):
+    """Detectron2's default training logic, on CPU and GPU, with the paper's recipe.
+
+    What differs from `DefaultTrainer`: parameter groups (`get_optimizer_params`), COCO evaluation,
+    mixed precision that does not need CUDA, ground truth checked before the first step, and
+    checkpoints that must fit the model.
+
+    Args:
+        cfg: config with `add_atss_config`'s keys.
+
+    Raises:
+        FileNotFoundError, ValueError: for data or settings that cannot work, before training.
+    """
+
+    def __init__(self, cfg: CfgNode):
+        # Not DefaultTrainer's: up to Detectron2 0.6 it demands CUDA for AMP and several workers.
+        TrainerBase.__init__(self)
+        cfg = DefaultTrainer.auto_scale_workers(cfg, comm.get_world_size())
+        model = self.build_model(cfg)
+        optimizer = self.build_optimizer(cfg, model)
+        data_loader = self.build_train_loader(cfg)
+
+        model = create_ddp_model(model, broadcast_buffers=False)
+        device = next(model.parameters()).device
+        dtype = autocast_dtype(cfg.SOLVER.AMP.ENABLED, cfg.SOLVER.AMP.PRECISION, device)
+        self._trainer = StepTrainer(model, data_loader, optimizer, dtype)
+        self.scheduler = self.build_lr_scheduler(cfg, optimizer)
+        self.checkpointer = ATSSCheckpointer(model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
+        self.start_iter = 0
+        self.max_iter = cfg.SOLVER.MAX_ITER
+        self.cfg = cfg
+        self.register_hooks(self.build_hooks())
+
+    @classmethod
+    def build_model(cls, cfg: CfgNode) -> nn.Module:
+        """The model of the config, in the memory format it asks for."""
+        model = super().build_model(cfg)
+        if cfg.SOLVER.CHANNELS_LAST:
+            model = model.to(memory_format=torch.channels_last)
+        return model
+
+    @classmethod
+    def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
+        """SGD or AdamW over the paper's parameter groups.
+
+        Raises:
+            ValueError: for another SOLVER.OPTIMIZER.
+        """
+        solver = cfg.SOLVER
+        if solver.OPTIMIZER not in _OPTIMIZERS:
+            raise ValueError(
+                f"Unknown SOLVER.OPTIMIZER {solver.OPTIMIZER!r}; known are {list(_OPTIMIZERS)}."
+            )
+        decay_bias = solver.WEIGHT_DECAY_BIAS
+        groups = get_optimizer_params(
+            model,
+            base_lr=solver.BASE_LR,
+            weight_decay=solver.WEIGHT_DECAY,
+            bias_lr_factor=solver.BIAS_LR_FACTOR,
+            weight_decay_bias=solver.WEIGHT_DECAY if decay_bias is None else decay_bias,
+            weight_decay_norm=solver.WEIGHT_DECAY_NORM,
+        )
+        options: Dict[str, Any] = {"lr": solver.BASE_LR, "weight_decay": solver.WEIGHT_DECAY}
+        if solver.OPTIMIZER == "SGD":
+            options.update(momentum=solver.MOMENTUM, nesterov=solver.NESTEROV)
+        optimizer = getattr(torch.optim, solver.OPTIMIZER)
+        return maybe_add_gradient_clipping(cfg, optimizer)(groups, **options)
+
+    @classmethod
+    def build_train_loader(cls, cfg: CfgNode):
+        """Detectron2's loader over checked ground truth."""
+        num_classes = _num_classes(cfg)
+        dataset = load_dataset_dicts(
+            cfg.DATASETS.TRAIN, num_classes, cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS
+        )
+        return build_detection_train_loader(cfg, dataset=dataset)
+
+    @classmethod
+    def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> COCOEvaluator:
+        """COCO's evaluation of boxes, and of masks where the model has them."""
+        tasks: List[str] = ["bbox"] + (["segm"] if cfg.MODEL.MASK_ON else [])
+        folder = os.path.join(cfg.OUTPUT_DIR, "inference")
+        return COCOEvaluator(dataset_name, tasks, output_dir=folder)
+
+    def resume_or_load(self, resume: bool = True) -> None:
+        """Start from MODEL.WEIGHTS, or go on from the last checkpoint of OUTPUT_DIR.
+
+        Raises:
+            FileNotFoundError: nothing to resume, or no such weights.
+            ValueError: weights that match no parameter.
+        """
+        load_or_resume(self.checkpointer, self.cfg.MODEL.WEIGHTS, resume)
+        if resume:
+            # A checkpoint holds the iteration that was just finished.
+            self.start_iter = self.iter + 1
+
+    def state_dict(self) -> Dict[str, Any]:
+        state = TrainerBase.state_dict(self)
+        state["_trainer"] = self._trainer.state_dict()
+        return state
+
+    def load_state_dict(self, state_dict: Dict[str, Any]) -> None:
+        TrainerBase.load_state_dict(self, state_dict)
+        self._trainer.load_state_dict(state_dict["_trainer"])
+
+
+def _num_classes(cfg: CfgNode) -> int:
+    """K of the final detector: a two-stage model's proposals do not know classes."""
+    if cfg.MODEL.META_ARCHITECTURE == "ATSSDetector":
+        return cfg.MODEL.ATSS.NUM_CLASSES
+    return cfg.MODEL.ROI_HEADS.NUM_CLASSES

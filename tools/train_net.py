@@ -1,0 +1,34 @@
+#!/usr/bin/env python
+"""Train or evaluate what a YAML config describes, with `atss.trainer.Trainer`.
+
+    python tools/train_net.py --config-file configs/coco/atss_R_50_FPN_1x.yaml --num-gpus 8
+    python tools/train_net.py --config-file configs/toy/atss_toy.yaml SOLVER.MAX_ITER 200
+    python tools/train_net.py --config-file configs/coco/atss_R_50_FPN_1x.yaml --eval-only \
+        MODEL.WEIGHTS output/atss_R_50_FPN_1x/model_final.pth
+"""
+
+from atss.checkpointer import ATSSCheckpointer, load_or_resume
+from atss.command_line import run, training_parser
+from atss.trainer import Trainer
+from atss.training_loop import create_ddp_model
+from atss.yaml_config import choose_data, load_yaml_config
+
+from detectron2.engine import default_setup
+
+
+def main(args):
+    cfg = load_yaml_config(args.config_file, args.opts)
+    choose_data(cfg, args)
+    cfg.freeze()
+    default_setup(cfg, args)
+    if args.eval_only:
+        model = Trainer.build_model(cfg)
+        load_or_resume(ATSSCheckpointer(model, cfg.OUTPUT_DIR), cfg.MODEL.WEIGHTS, False)
+        return Trainer.test(cfg, create_ddp_model(model))
+    trainer = Trainer(cfg)
+    trainer.resume_or_load(resume=args.resume)
+    return trainer.train()
+
+
+if __name__ == "__main__":
+    run(main, training_parser(__doc__).parse_args())
