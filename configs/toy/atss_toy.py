@@ -41,12 +41,12 @@ optimizer.params.bias_lr_factor = 1.0
 
 train.output_dir = "output/atss_toy"
 train.init_checkpoint = ""
-train.max_iter = 1300
+train.max_iter = 1000
 train.amp.enabled = True
 train.amp.precision = "auto"
 train.channels_last = True
-train.eval_period = 650
-train.checkpointer.period = 650
+train.eval_period = 500
+train.checkpointer.period = 500
 train.seed = 1
 
 lr_multiplier = L(WarmupParamScheduler)(

@@ -1,0 +1,104 @@
+"""Which models are there? Configs, and models built from them, by name."""
+
+import os
+from pathlib import Path
+from typing import List, Optional
+
+import torch
+from omegaconf import DictConfig
+from torch import nn
+
+from detectron2.config import LazyConfig, instantiate
+
+from .checkpointer import ATSSCheckpointer, load_or_resume
+
+__all__ = ["config_file", "get", "get_checkpoint_url", "get_config", "list_configs"]
+
+
+def _config_root() -> Path:
+    """Folder of the configs: in a wheel inside the package, in a checkout at its top."""
+    package = Path(__file__).resolve().parent
+    for root in (package / "configs", package.parents[2] / "configs"):
+        if (root / "common").is_dir():
+            return root
+    raise FileNotFoundError(
+        f"The configs of atss are neither in {package / 'configs'} nor in "
+        f"{package.parents[2] / 'configs'}; install the package again."
+    )
+
+
+def list_configs() -> List[str]:
+    """Names that `get_config` takes, with their folder: "coco/atss_R_50_FPN_1x"."""
+    root = _config_root()
+    files = (path.relative_to(root) for path in root.rglob("*.py"))
+    return sorted(
+        str(path.with_suffix("")).replace(os.sep, "/") for path in files if path.parts[0] != "common"
+    )
+
+
+def config_file(name: str) -> str:
+    """Path of the LazyConfig of a name.
+
+    Args:
+        name: such as "atss_R_50_FPN_1x" (looked for in coco, then everywhere) or
+            "toy/atss_toy".
+
+    Raises:
+        ValueError: if there is none, listing what there is; or if several folders have one.
+    """
+    name = name[:-3] if name.endswith(".py") else name
+    known = list_configs()
+    found = [k for k in (name, f"coco/{name}") if k in known]
+    found = found or [k for k in known if k.endswith(f"/{name}")]
+    if len(found) != 1 and not (found and found[0] in (name, f"coco/{name}")):
+        what = f"Several configs are called {name!r}" if found else f"Unknown config {name!r}"
+        raise ValueError(f"{what}; there are {found or known}.")
+    return str(_config_root() / f"{found[0]}.py")
+
+
+def get_config(name: str) -> DictConfig:
+    """LazyConfig of a name; `get_config(name).model` describes the model.
+
+    Args:
+        name: see `config_file`.
+
+    Raises:
+        ValueError: see `config_file`.
+    """
+    return LazyConfig.load(config_file(name))
+
+
+def get(name: str, trained: bool = False, device: Optional[str] = None) -> nn.Module:
+    """Model of a name, ready to detect.
+
+    Args:
+        name: see `config_file`.
+        trained: load published weights, which must exist for this name; else weights are random.
+        device: such as "cpu"; by default the first GPU, or the CPU where there is none.
+
+    Returns:
+        The model in evaluation mode.
+
+    Raises:
+        ValueError: for an unknown name, or one without published weights.
+    """
+    cfg = get_config(name)
+    url = get_checkpoint_url(name) if trained else None
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    model = instantiate(cfg.model).to(device).eval()
+    if url:
+        load_or_resume(ATSSCheckpointer(model), url, resume=False)
+    return model
+
+
+def get_checkpoint_url(name: str) -> str:
+    """Address of the published weights of a name.
+
+    Raises:
+        ValueError: for an unknown name, or one whose weights nobody publishes at a direct address.
+    """
+    config_file(name)  # an unknown name is another mistake
+    raise ValueError(
+        f"There are no weights of {name!r} at a direct address. The authors publish theirs at "
+        "https://github.com/sfzhang15/ATSS#models; train your own, or load a file of yours."
+    )

@@ -1,0 +1,154 @@
+#!/usr/bin/env python
+"""Train ATSS on the embedded shapes and show what it learned, in minutes on two CPU cores.
+
+    python tools/demo.py                     # output/demo: checkpoint, metrics.json, pictures
+    python tools/demo.py --quick             # the same in about a minute, to see that it works
+    python tools/demo.py model.assigner.topk=15 --output output/k15
+"""
+
+import argparse
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any, Dict, List
+
+import cv2
+import torch
+from atss.checkpointer import ATSSCheckpointer
+from atss.data import register_toy_shapes
+from atss.lazy_training import build_model, load_lazy_config, train_lazy
+from atss.model_zoo import config_file
+from atss.visualization import draw_assignment, draw_detections, plot_training, tile
+
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.engine import default_setup
+from detectron2.structures import Boxes
+
+QUICK = ["train.max_iter=60", "train.eval_period=60", "train.checkpointer.period=60"]
+
+
+def parse_arguments(arguments=None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--output", default="output/demo", metavar="FOLDER")
+    parser.add_argument("--quick", action="store_true", help="60 iterations only")
+    parser.add_argument("opts", nargs="*", help="config overrides, key=value")
+    return parser.parse_args(arguments)
+
+
+def main(args: argparse.Namespace) -> None:
+    start = time.perf_counter()
+    output = Path(args.output)
+    overrides = [*(QUICK if args.quick else []), f"train.output_dir={output}", *args.opts]
+    cfg = load_lazy_config(config_file("toy/atss_toy"), overrides)
+    _, val_name = register_toy_shapes()
+    _clear(output)
+    default_setup(cfg, argparse.Namespace(config_file="", eval_only=False, opts=overrides))
+
+    results = train_lazy(cfg)
+    trained = time.perf_counter() - start
+    model = build_model(cfg).eval()
+    ATSSCheckpointer(model).load(str(output / "model_final.pth"))
+
+    images = DatasetCatalog.get(val_name)
+    class_names = MetadataCatalog.get(val_name).thing_classes
+    cv2.imwrite(str(output / "detections.png"), detection_sheet(model, images[:12], class_names))
+    cv2.imwrite(str(output / "positives.png"), assignment_picture(model, images))
+    records = [json.loads(line) for line in (output / "metrics.json").read_text().splitlines()]
+    plot_training(records, str(output / "curves.png"), "ATSS on the embedded shapes")
+
+    ap = results["bbox"]
+    print(
+        f"\nTrained {cfg.train.max_iter} iterations in {trained:.0f} s (with data and evaluation): "
+        f"AP {ap['AP']:.1f}, AP50 {ap['AP50']:.1f}, APs {ap['APs']:.1f}, APm {ap['APm']:.1f}, "
+        f"APl {ap['APl']:.1f} on {len(images)} val images.\n\n"
+        f"In {output}:\n"
+        "  detections.png   val images, ground truth left and detections right\n"
+        "  positives.png    which anchors are positive for the objects of one image, per level\n"
+        "  curves.png       losses and AP over the iterations\n"
+        "  metrics.json     all figures, one line per record\n"
+        "  model_final.pth  the checkpoint\n\n"
+        "Try next:\n"
+        "  another k:          python tools/demo.py model.assigner.topk=3 --output output/k3\n"
+        "  your own images:    python tools/lazyconfig_train_net.py --config-file "
+        "configs/toy/atss_toy.py \\\n"
+        "                          --train-json train.json --train-images train/ "
+        "--val-json val.json --val-images val/"
+    )
+
+
+def _clear(output: Path) -> None:
+    """Detectron2 appends to metrics.json, which would join two runs into one curve."""
+    output.mkdir(parents=True, exist_ok=True)
+    for name in ("metrics.json", "last_checkpoint"):
+        if (output / name).exists():
+            os.remove(output / name)
+
+
+@torch.no_grad()
+def detection_sheet(model, images: List[Dict[str, Any]], class_names: List[str]):
+    """Images with ground truth and detections, three in a row."""
+    pictures = []
+    for record in images:
+        image = cv2.imread(record["file_name"])
+        inputs = {"image": torch.as_tensor(image.transpose(2, 0, 1).copy())}
+        found = model([inputs])[0]["instances"].to("cpu")
+        gt_boxes, gt_classes = ground_truth(record)
+        pictures.append(
+            draw_detections(
+                image,
+                gt_boxes,
+                gt_classes,
+                found.pred_boxes.tensor,
+                found.pred_classes.tolist(),
+                found.scores.tolist(),
+                class_names,
+            )
+        )
+    return tile(pictures, columns=3)
+
+
+def assignment_picture(model, images: List[Dict[str, Any]], zoom: int = 2):
+    """Positives of the image whose objects differ most in size, enlarged."""
+
+    def spread(record):
+        boxes = ground_truth(record)[0]
+        sizes = Boxes(boxes).area().sqrt()
+        return float(sizes.max() / sizes.min()) if 3 <= len(boxes) <= 5 else 0.0
+
+    record = max(images, key=spread)
+    image = cv2.imread(record["file_name"])
+    core = model.proposal_generator
+    height, width = image.shape[:2]
+    features = [
+        torch.empty(1, 1, -(-height // stride), -(-width // stride), device=model.device)
+        for stride in core.anchor_generator.strides
+    ]
+    anchors = core.anchor_generator.grid(features)
+    gt_boxes = Boxes(ground_truth(record)[0].to(model.device))
+    assignment = core.assigner(anchors, [gt_boxes])
+    enlarged = cv2.resize(image, None, fx=zoom, fy=zoom, interpolation=cv2.INTER_CUBIC)
+    return draw_assignment(
+        enlarged,
+        [Boxes(level.tensor * zoom) for level in anchors.boxes],
+        assignment,
+        Boxes(gt_boxes.tensor * zoom),
+        level_names=core.in_features,
+    )
+
+
+def ground_truth(record: Dict[str, Any]):
+    """(M, 4) boxes xyxy in pixels, and M class ids, of a Detectron2 dataset dict."""
+    boxes = torch.tensor([a["bbox"] for a in record["annotations"]]).view(-1, 4)
+    boxes = torch.cat((boxes[:, :2], boxes[:, :2] + boxes[:, 2:]), dim=1)  # COCO has x, y, w, h
+    return boxes, [a["category_id"] for a in record["annotations"]]
+
+
+if __name__ == "__main__":
+    try:
+        main(parse_arguments())
+    except (ValueError, FileNotFoundError, FloatingPointError) as error:
+        sys.exit(f"{type(error).__name__}: {error}")
