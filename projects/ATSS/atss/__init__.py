@@ -5,7 +5,7 @@ Selection" (arXiv:1912.02424).
 """
 
 from .anchors import AnchorGrid, GridAnchorGenerator, octave_sizes
-from .assigners import Assignment, ATSSAssigner
+from .assigners import Assignment, ATSSAssigner, IoUAssigner, SSCAssigner, TopKAssigner
 from .backbone import build_atss_resnet_fpn_backbone, resnet_fpn
 from .box_regression import Box2BoxTransform, PointToBoxTransform
 from .config import add_atss_config
@@ -27,7 +27,10 @@ __all__ = [
     "Box2BoxTransform",
     "DenseLoss",
     "GridAnchorGenerator",
+    "IoUAssigner",
     "PointToBoxTransform",
+    "SSCAssigner",
+    "TopKAssigner",
     "add_atss_config",
     "build_atss_resnet_fpn_backbone",
     "build_detector",

@@ -11,7 +11,7 @@ from detectron2.layers import ShapeSpec
 from detectron2.modeling.anchor_generator import build_anchor_generator
 from detectron2.utils.registry import Registry
 
-from .assigners import ATSSAssigner
+from .assigners import ATSSAssigner, IoUAssigner, SSCAssigner, TopKAssigner
 from .box_regression import Box2BoxTransform, PointToBoxTransform
 from .head import ATSS_HEAD_REGISTRY
 from .losses import DenseLoss
@@ -29,7 +29,7 @@ ASSIGNER_REGISTRY.__doc__ = """
 Rules of axis 1, `(anchors, gt_boxes) -> Assignment`, by the name that MODEL.ATSS.ASSIGNER.NAME says.
 Register your own to use it from YAML; a LazyConfig just names the class.
 """
-for _assigner in (ATSSAssigner,):
+for _assigner in (ATSSAssigner, IoUAssigner, SSCAssigner, TopKAssigner):
     ASSIGNER_REGISTRY.register(_assigner)
 
 BOX2BOX_TRANSFORM_REGISTRY = Registry("ATSS_BOX2BOX_TRANSFORM")

@@ -1,9 +1,28 @@
-"""Layers of the head that are not in Detectron2."""
+"""Layers that are not in Detectron2, or not everywhere: level scales, deformable convolution.
+
+Detectron2's deformable layers need its compiled part, train on a GPU only and cannot be scripted.
+The ones here hold the same parameters and take the same arguments, on torchvision's operator.
+"""
+
+from typing import Callable, List, Optional, Tuple, Union
 
 import torch
 from torch import Tensor, nn
+from torchvision.ops import deform_conv2d
 
-__all__ = ["LevelScale"]
+from detectron2.layers import deform_conv as d2_deform
+
+__all__ = [
+    "DeformConv2d",
+    "LevelScale",
+    "PackedDeformConv2d",
+    "set_deform_kernel",
+    "split_offsets",
+    "swap_deform_convs",
+]
+
+_KERNELS = ("torchvision", "detectron2")
+_kernel = "torchvision"
 
 
 class LevelScale(nn.Module):
@@ -20,3 +39,327 @@ class LevelScale(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Multiply (N, C, H, W) by the factor."""
         return x * self.scale
+
+
+def set_deform_kernel(name: str) -> None:
+    """Choose which kernel every `DeformConv2d` runs on CUDA; elsewhere it is always torchvision's.
+
+    Which of the two is faster has not been measured; torchvision's, the default, is the one that
+    exports.
+
+    Args:
+        name: "torchvision", or "detectron2" where Detectron2 was compiled with CUDA.
+
+    Raises:
+        ValueError: for another name.
+        ImportError: for "detectron2" where it was not compiled.
+    """
+    global _kernel
+    if name not in _KERNELS:
+        raise ValueError(f"Unknown kernel {name!r} for set_deform_kernel; known are {_KERNELS}.")
+    if name == "detectron2":
+        try:
+            from detectron2 import _C  # noqa: F401
+        except ImportError as error:
+            raise ImportError(
+                "set_deform_kernel('detectron2') needs Detectron2's compiled part, detectron2._C, "
+                "which this installation lacks. Build Detectron2 from source, or keep 'torchvision'."
+            ) from error
+    _kernel = name
+
+
+class DeformConv2d(nn.Module):
+    """Deformable convolution: each tap of the kernel reads where an offset says (DCNv1, DCNv2).
+
+    Takes the place of Detectron2's `DeformConv` (call it without a mask) and `ModulatedDeformConv`
+    (with one): same parameter names, same order of offset channels, so their weights load
+    unchanged. Computes in float32 at least, because the operator knows neither bfloat16 nor mixed
+    types; the result has the type of x.
+
+    Args:
+        in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias: as in
+            `nn.Conv2d`.
+        deformable_groups: groups of input channels with offsets of their own.
+        norm: applied to the result, if given.
+        activation: applied last, if given.
+
+    Raises:
+        ValueError: for channels that the groups do not divide.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: Union[int, Tuple[int, int]],
+        stride: Union[int, Tuple[int, int]] = 1,
+        padding: Union[int, Tuple[int, int]] = 0,
+        dilation: Union[int, Tuple[int, int]] = 1,
+        groups: int = 1,
+        deformable_groups: int = 1,
+        bias: bool = False,
+        norm: Optional[nn.Module] = None,
+        activation: Optional[Callable[[Tensor], Tensor]] = None,
+    ):
+        super().__init__()
+        for name, channels, divisor_name, divisor in (
+            ("in_channels", in_channels, "groups", groups),
+            ("out_channels", out_channels, "groups", groups),
+            ("in_channels", in_channels, "deformable_groups", deformable_groups),
+        ):
+            if divisor < 1 or channels < 1 or channels % divisor:
+                raise ValueError(
+                    f"DeformConv2d needs {name} divisible by {divisor_name}, got {name}={channels} "
+                    f"and {divisor_name}={divisor}."
+                )
+        self.in_channels = in_channels
+        self.out_channels = out_channels
+        self.kernel_size = _pair(kernel_size)
+        self.stride = _pair(stride)
+        self.padding = _pair(padding)
+        self.dilation = _pair(dilation)
+        self.groups = groups
+        self.deformable_groups = deformable_groups
+        self.norm = norm
+        self.activation = activation
+        self.weight = nn.Parameter(
+            torch.empty(out_channels, in_channels // groups, *self.kernel_size)
+        )
+        nn.init.kaiming_uniform_(self.weight, nonlinearity="relu")
+        if bias:
+            self.bias = nn.Parameter(torch.zeros(out_channels))
+        else:
+            self.register_parameter("bias", None)
+
+    def forward(self, x: Tensor, offset: Tensor, mask: Optional[Tensor] = None) -> Tensor:
+        """Convolve with displaced taps.
+
+        Args:
+            x: (N, in_channels, H, W).
+            offset: (N, deformable_groups * kh * kw * 2, Ho, Wo) displacement in pixels of x: group,
+                then tap in row-major order, then (y, x).
+            mask: (N, deformable_groups * kh * kw, Ho, Wo) factor of each tap, usually in [0, 1];
+                None for DCNv1.
+
+        Returns:
+            (N, out_channels, Ho, Wo) of the type of x, unless norm or activation change it.
+
+        Raises:
+            ValueError: for channels or sizes that do not fit, or tensors on different devices.
+            TypeError: for types that are not floating, or float64 mixed with others.
+        """
+        if not torch.jit.is_scripting():
+            if not torch.jit.is_tracing():
+                _check_inputs(self, x, offset, mask)
+        out = self._convolve(x, offset, mask)
+        if self.norm is not None:
+            out = self.norm(out)
+        if self.activation is not None:
+            out = self.activation(out)
+        return out
+
+    def _convolve(self, x: Tensor, offset: Tensor, mask: Optional[Tensor]) -> Tensor:
+        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+        inputs = x.to(dtype)
+        offset = offset.to(dtype)
+        mask = mask.to(dtype) if mask is not None else None
+        weight = self.weight.to(dtype)
+        bias = self.bias
+        if bias is not None:
+            bias = bias.to(dtype)
+        if not torch.jit.is_scripting():
+            if _kernel == "detectron2" and x.is_cuda and not torch.jit.is_tracing():
+                return _detectron2_deform_conv(self, inputs, offset, mask, weight, bias).to(x.dtype)
+        out = deform_conv2d(
+            inputs, offset, weight, bias, self.stride, self.padding, self.dilation, mask
+        )
+        return out.to(x.dtype)
+
+    def extra_repr(self) -> str:
+        return (
+            f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, "
+            f"stride={self.stride}, padding={self.padding}, dilation={self.dilation}, "
+            f"groups={self.groups}, deformable_groups={self.deformable_groups}, "
+            f"bias={self.bias is not None}"
+        )
+
+
+class PackedDeformConv2d(DeformConv2d):
+    """`DeformConv2d` that predicts its own offsets, so that it fits where an `nn.Conv2d` was.
+
+    The offsets come from `conv_offset`, an ordinary convolution of the same window. It starts at
+    zero: the layer then samples the regular grid, with all masks at 1/2.
+
+    Args:
+        in_channels, out_channels, kernel_size, stride, padding, dilation, groups,
+            deformable_groups, bias, norm, activation: see `DeformConv2d`.
+        modulated: also predict a mask (DCNv2).
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: Union[int, Tuple[int, int]],
+        stride: Union[int, Tuple[int, int]] = 1,
+        padding: Union[int, Tuple[int, int]] = 0,
+        dilation: Union[int, Tuple[int, int]] = 1,
+        groups: int = 1,
+        deformable_groups: int = 1,
+        bias: bool = True,
+        norm: Optional[nn.Module] = None,
+        activation: Optional[Callable[[Tensor], Tensor]] = None,
+        modulated: bool = True,
+    ):
+        super().__init__(
+            in_channels,
+            out_channels,
+            kernel_size,
+            stride,
+            padding,
+            dilation,
+            groups,
+            deformable_groups,
+            bias,
+            norm,
+            activation,
+        )
+        self.modulated = modulated
+        num_taps = self.kernel_size[0] * self.kernel_size[1]
+        self.conv_offset = nn.Conv2d(
+            in_channels,
+            deformable_groups * num_taps * (3 if modulated else 2),
+            self.kernel_size,
+            self.stride,
+            self.padding,
+            self.dilation,
+        )
+        nn.init.zeros_(self.conv_offset.weight)
+        nn.init.zeros_(self.conv_offset.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, in_channels, H, W) to (N, out_channels, Ho, Wo)."""
+        offset, mask = split_offsets(self.conv_offset(x), self.modulated)
+        out = self._convolve(x, offset, mask)
+        if self.norm is not None:
+            out = self.norm(out)
+        if self.activation is not None:
+            out = self.activation(out)
+        return out
+
+
+def split_offsets(predictions: Tensor, modulated: bool) -> Tuple[Tensor, Optional[Tensor]]:
+    """Offsets and mask from the output of an offset convolution, in the order of Detectron2.
+
+    Args:
+        predictions: (N, 3 * G * T, Ho, Wo) for G groups of T taps, offsets before mask logits; or
+            (N, 2 * G * T, Ho, Wo) if not modulated.
+        modulated: whether there is a mask.
+
+    Returns:
+        Offset (N, 2 * G * T, Ho, Wo), and mask (N, G * T, Ho, Wo) in (0, 1) or None.
+    """
+    if not modulated:
+        return predictions, None
+    first, second, mask = torch.chunk(predictions, 3, dim=1)
+    return torch.cat((first, second), dim=1), mask.sigmoid()
+
+
+def swap_deform_convs(model: nn.Module) -> nn.Module:
+    """Put `DeformConv2d` in the place of Detectron2's deformable layers, weights kept.
+
+    Afterwards the model trains on CPU and exports. Parameters stay the same objects under the same
+    names, so an optimizer made before still holds them.
+
+    Args:
+        model: any model; changed in place.
+
+    Returns:
+        The model, or its replacement if it is itself such a layer.
+    """
+    if isinstance(model, (d2_deform.DeformConv, d2_deform.ModulatedDeformConv)):
+        return _from_detectron2(model)
+    for name, child in model.named_children():
+        swapped = swap_deform_convs(child)
+        if swapped is not child:
+            setattr(model, name, swapped)
+    return model
+
+
+def _from_detectron2(layer: nn.Module) -> DeformConv2d:
+    swapped = DeformConv2d(
+        layer.in_channels,
+        layer.out_channels,
+        layer.kernel_size,
+        layer.stride,
+        layer.padding,
+        layer.dilation,
+        layer.groups,
+        layer.deformable_groups,
+        norm=layer.norm,
+        activation=layer.activation,
+    )
+    swapped.weight, swapped.bias = layer.weight, layer.bias
+    return swapped.train(layer.training)
+
+
+def _pair(value: Union[int, Tuple[int, int]]) -> Tuple[int, int]:
+    return (value, value) if isinstance(value, int) else (int(value[0]), int(value[1]))
+
+
+def _check_inputs(layer: DeformConv2d, x: Tensor, offset: Tensor, mask: Optional[Tensor]) -> None:
+    if x.dim() != 4 or x.shape[1] != layer.in_channels:
+        raise ValueError(
+            f"DeformConv2d takes x of shape (N, {layer.in_channels}, H, W), got {tuple(x.shape)}."
+        )
+    names = ["offset"] if mask is None else ["offset", "mask"]
+    tensors = [offset] if mask is None else [offset, mask]
+    for name, tensor in [("weight", layer.weight), *zip(names, tensors)]:
+        if tensor.device != x.device:
+            raise ValueError(
+                f"DeformConv2d has x on {x.device} but {name} on {tensor.device}; bring both to one."
+            )
+        is_double = (tensor.dtype == torch.float64, x.dtype == torch.float64)
+        if not (tensor.is_floating_point() and x.is_floating_point()) or any(is_double) != all(
+            is_double
+        ):
+            raise TypeError(
+                f"DeformConv2d has x of {x.dtype} but {name} of {tensor.dtype}; it takes float64 "
+                "throughout, or float32, float16 and bfloat16."
+            )
+    window = zip(x.shape[2:], layer.kernel_size, layer.stride, layer.padding, layer.dilation)
+    size = tuple((n + 2 * p - (d * (k - 1) + 1)) // s + 1 for n, k, s, p, d in window)
+    num_taps = layer.deformable_groups * layer.kernel_size[0] * layer.kernel_size[1]
+    for name, tensor, channels in zip(names, tensors, (2 * num_taps, num_taps)):
+        expected = (x.shape[0], channels, *size)
+        if tuple(tensor.shape) != expected:
+            raise ValueError(
+                f"DeformConv2d with kernel {layer.kernel_size}, deformable_groups="
+                f"{layer.deformable_groups} and x of {tuple(x.shape)} needs {name} of shape "
+                f"{expected}, got {tuple(tensor.shape)}."
+            )
+
+
+def _detectron2_deform_conv(
+    layer: DeformConv2d,
+    x: Tensor,
+    offset: Tensor,
+    mask: Optional[Tensor],
+    weight: Tensor,
+    bias: Optional[Tensor],
+) -> Tensor:
+    """Detectron2's CUDA kernels, for contiguous tensors of one type."""
+    window: List = [layer.stride, layer.padding, layer.dilation, layer.groups]
+    if mask is None:
+        out = d2_deform.deform_conv(x, offset, weight, *window, layer.deformable_groups)
+        return out if bias is None else out + bias.view(1, -1, 1, 1)
+    for i, (first, second) in enumerate(window[:3]):
+        if first != second:
+            raise ValueError(
+                "Detectron2's modulated kernel takes the same stride, padding and dilation for both "
+                f"axes, got {window[:3]}. Call set_deform_kernel('torchvision')."
+            )
+        window[i] = first
+    return d2_deform.modulated_deform_conv(
+        x, offset, mask, weight, bias, *window, layer.deformable_groups
+    )

@@ -13,7 +13,14 @@ from torch import Tensor
 
 from detectron2.structures import Boxes
 
-__all__ = ["Assignment", "Claims", "concatenate_boxes", "host_constant", "resolve_claims"]
+__all__ = [
+    "Assignment",
+    "Claims",
+    "concatenate_boxes",
+    "host_constant",
+    "resolve_claims",
+    "sortable",
+]
 
 # Low half of a claim's key: counts down, so that of two equal priorities the earlier object wins.
 _LAST_OBJECT = 2**32 - 1
@@ -91,11 +98,7 @@ def resolve_claims(
     positions = host_constant(positions, device).view(-1, 2)
     image_idxs, object_idxs = positions.unbind(dim=1)  # (M,) each; the second within its image
 
-    # Sorted as integers, the bits of non-negative floats keep their order; those of negative floats
-    # do once all but the sign are flipped.
-    bits = priority.float().contiguous().view(torch.int32)
-    ordered = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).to(torch.int64)
-    keys = (ordered << 32) | (_LAST_OBJECT - object_idxs).unsqueeze(1)  # (M, C)
+    keys = (sortable(priority) << 32) | (_LAST_OBJECT - object_idxs).unsqueeze(1)  # (M, C)
     nobody = torch.iinfo(torch.int64).min
     keys = keys.masked_fill(~is_claimed, nobody)
 
@@ -111,6 +114,21 @@ def resolve_claims(
         match_labels=is_positive.to(torch.int8).view(num_images, num_anchors),
         claims=Claims(image_idxs, anchor_idxs, is_won),
     )
+
+
+def sortable(values: Tensor) -> Tensor:
+    """Integers that sort as the floats do, so that the low half of a 64-bit key can break ties.
+
+    Args:
+        values: (...) float, not NaN.
+
+    Returns:
+        (...) int64 in the range of int32.
+    """
+    # Sorted as integers, the bits of non-negative floats keep their order; those of negative floats
+    # do once all but the sign are flipped.
+    bits = values.float().contiguous().view(torch.int32)
+    return torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).to(torch.int64)
 
 
 def concatenate_boxes(gt_boxes: Sequence[Boxes], device: torch.device) -> Tensor:

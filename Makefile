@@ -1,0 +1,52 @@
+# make demo: train ATSS on the embedded shapes and look at what it learned.
+# make test: prove the code. Both set the environment up first, once.
+#
+#   make test VENV=/somewhere/else      another place for the environment
+#   make demo DEMO_FLAGS=--quick        options of tools/demo.py
+
+VENV ?= .venv
+PYTHON ?= python3
+DEMO_FLAGS ?=
+TEST_FLAGS ?=
+
+PY := $(VENV)/bin/python
+STAMP := $(VENV)/.atss-setup
+
+.PHONY: setup demo test lint clean help
+
+help:
+	@sed -n '1,5s/^# \{0,1\}//p' Makefile
+
+setup: $(STAMP)
+
+# The stamp comes last: a set-up that was interrupted starts over, and pip skips what is there.
+$(STAMP): setup.py tools/install_detectron2.py tools/detectron2_mends.py
+	@$(PYTHON) -c 'import sys; v = sys.version_info; \
+	    sys.exit(0 if v >= (3, 9) else f"Python >= 3.9 is needed, {sys.executable} is {v.major}.{v.minor}: make PYTHON=...")'
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet --upgrade pip "setuptools<81" wheel
+	$(PY) -m pip install torch torchvision
+	$(PY) -m pip install ninja
+	$(PY) tools/install_detectron2.py
+	$(PY) -m pip install --no-build-isolation -e ".[dev]"
+	@if ! $(PY) -c "import cv2" 2>/dev/null; then \
+	    echo "opencv-python does not import here (libGL is missing): taking opencv-python-headless."; \
+	    $(PY) -m pip uninstall --quiet --yes opencv-python && \
+	    $(PY) -m pip install --quiet --force-reinstall --no-deps opencv-python-headless && \
+	    $(PY) -c "import cv2"; \
+	fi
+	$(PY) -c "import atss"
+	touch $(STAMP)
+
+demo: setup
+	$(PY) tools/demo.py $(DEMO_FLAGS)
+
+# Two processes, each with one thread: tests are many and small.
+test: setup
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --cov=atss --cov-report=term $(TEST_FLAGS)
+
+lint: setup
+	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check .
+
+clean:
+	rm -rf $(VENV) output build *.egg-info projects/ATSS/*.egg-info

@@ -1,0 +1,85 @@
+"""How do rules that compare every object with every anchor stay small?
+
+RetinaNet's, FCOS's and the top-k rule look at objects x anchors. They do so image by image and in
+chunks: whatever they hold at once fits a budget, however many objects an image has.
+"""
+
+from typing import Iterator, List, Sequence, Tuple, Union
+
+import torch
+from torch import Tensor
+
+from detectron2.structures import Boxes
+
+from ..anchors import AnchorGrid
+from ..geometry import box_areas
+
+__all__ = ["DEFAULT_BUDGET", "chunks", "level_sizes", "pairwise_ious"]
+
+# Floats that a dense rule may hold at once, 16 MiB. An image of COCO with 7 objects and 800x1333 px
+# needs 0.6 million for IoUs, so chunks are for crowds.
+DEFAULT_BUDGET = 2**22
+
+
+def chunks(total: int, floats_per_item: int, budget: int) -> Iterator[Tuple[int, int]]:
+    """Ranges that cover 0..total, each within the budget (but of at least one item).
+
+    Args:
+        total: number of items.
+        floats_per_item: float32 values that the work on one item holds at once.
+        budget: float32 values that may be held at once.
+
+    Returns:
+        Pairs (first, last), `last` excluded.
+
+    Example:
+        >>> list(chunks(5, floats_per_item=10, budget=25))
+        [(0, 2), (2, 4), (4, 5)]
+    """
+    size = max(budget // max(floats_per_item, 1), 1)
+    for first in range(0, total, size):
+        yield first, min(first + size, total)
+
+
+def check_budget(rule: str, budget: int) -> int:
+    """Refuse a budget that is not a positive integer; return it."""
+    if isinstance(budget, bool) or not isinstance(budget, int) or budget < 1:
+        raise ValueError(
+            f"{rule} needs a positive integer budget (floats held at once), got {budget!r}. Change "
+            f"model.assigner.budget; {DEFAULT_BUDGET} is the default."
+        )
+    return budget
+
+
+def level_sizes(anchors: Union[AnchorGrid, Sequence[Boxes]]) -> List[int]:
+    """Number of anchors on each level, from the host."""
+    if isinstance(anchors, AnchorGrid):
+        return anchors.num_anchors_per_level
+    return [len(level) for level in anchors]
+
+
+def pairwise_ious(boxes: Tensor, anchors: Tensor, out: Tensor) -> Tensor:
+    """IoU of all pairs, holding three matrices at most, the result among them.
+
+    The same values as Detectron2's `pairwise_iou`, which holds seven.
+
+    Args:
+        boxes: (M, 4) xyxy in pixels.
+        anchors: (R, 4) xyxy in pixels.
+        out: (M, R) float32 to write to.
+
+    Returns:
+        `out`, IoU in [0, 1]; 0 where the boxes do not overlap, also for boxes without area.
+    """
+    x1, y1, x2, y2 = boxes.unsqueeze(-1).unbind(dim=1)  # (M, 1) each
+    torch.minimum(x2, anchors[:, 2], out=out)
+    scratch = torch.maximum(x1, anchors[:, 0])  # (M, R)
+    out.sub_(scratch).clamp_(min=0)  # widths of the intersections
+    torch.minimum(y2, anchors[:, 3], out=scratch)
+    heights = scratch.sub_(torch.maximum(y1, anchors[:, 1])).clamp_(min=0)
+    out.mul_(heights)
+    del heights
+    torch.add(box_areas(boxes).unsqueeze(1), box_areas(anchors), out=scratch)
+    scratch.sub_(out)  # unions
+    # Two boxes without area: 0 / 0 must be 0, as in Detectron2.
+    return out.div_(scratch.masked_fill_(out <= 0, 1))

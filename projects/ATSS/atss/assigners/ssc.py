@@ -1,0 +1,195 @@
+"""Which anchor points lie in an object of the size their level is made for? (FCOS)
+
+Spatial and scale constraint (Sec. 3.2): a point inside a box is a candidate, and each pyramid level
+is given a range of object sizes beforehand.
+"""
+
+from typing import Optional, Sequence, Tuple, Union
+
+import torch
+from torch import Tensor
+
+from detectron2.structures import Boxes
+
+from ..anchors import AnchorGrid, concatenate_anchors
+from ..geometry import box_areas, box_centers
+from .assignment import Assignment, concatenate_boxes
+from .dense import DEFAULT_BUDGET, check_budget, chunks, level_sizes
+
+__all__ = ["FCOS_SIZE_RANGES", "SSCAssigner"]
+
+FCOS_SIZE_RANGES = ((-1, 64), (64, 128), (128, 256), (256, 512), (512, float("inf")))
+
+
+class SSCAssigner:
+    """Spatial and scale constraint: inside the box, on the level of its size (FCOS, Sec. 3.2).
+
+    An anchor's centre with distances l, t, r, b to the sides of an object is positive if it lies
+    inside and max(l, t, r, b) is in the range of its level, both ends included. Of several such
+    objects the one of smallest area wins, then the earlier one. Nothing waits for the GPU.
+
+    Args:
+        size_ranges: L pairs (least, largest) of max(l, t, r, b) in pixels, from fine to coarse,
+            without gaps.
+        center_sampling_radius: positives lie also less than so many strides from the centre of the
+            object, on both axes (Table 3, "center sampling": 1.5); None for no such limit.
+        center_margin: least distance in pixels from a positive's centre to every side, itself
+            excluded.
+        strides: strides of the levels for a plain list of `Boxes`, which does not tell; a grid
+            does. Only the radius needs them.
+        budget: float32 values held at once; work that needs more goes through the anchors in
+            chunks.
+
+    Raises:
+        ValueError: if an argument is out of range; at the first call, if there are not as many
+            ranges as levels.
+    """
+
+    def __init__(
+        self,
+        size_ranges: Sequence[Tuple[float, float]] = FCOS_SIZE_RANGES,
+        center_sampling_radius: Optional[float] = None,
+        center_margin: float = 0.0,
+        strides: Sequence[float] = (8, 16, 32, 64, 128),
+        budget: int = DEFAULT_BUDGET,
+    ):
+        self.size_ranges = _check_ranges(size_ranges)
+        if center_sampling_radius is not None and not center_sampling_radius > 0:
+            raise ValueError(
+                "SSCAssigner needs a positive center_sampling_radius (in strides), or None for no "
+                f"center sampling, got {center_sampling_radius!r}. Change "
+                "model.assigner.center_sampling_radius."
+            )
+        self.center_sampling_radius = center_sampling_radius
+        self.center_margin = center_margin
+        self.strides = tuple(float(stride) for stride in strides)
+        self.budget = check_budget("SSCAssigner", budget)
+
+    def __call__(
+        self, anchors: Union[AnchorGrid, Sequence[Boxes]], gt_boxes: Sequence[Boxes]
+    ) -> Assignment:
+        """Assign the anchors of a batch, image by image.
+
+        Args:
+            anchors: anchors of one padded image size, as a grid or as L `Boxes`.
+            gt_boxes: N `Boxes`, one per image, in the same frame.
+
+        Returns:
+            `Assignment` of shape (N, R).
+
+        Raises:
+            ValueError: if there are not as many size ranges (or strides) as levels.
+        """
+        counts = level_sizes(anchors)
+        if len(counts) != len(self.size_ranges):
+            raise ValueError(
+                f"SSCAssigner has {len(self.size_ranges)} size ranges {list(self.size_ranges)}, "
+                f"but there are {len(counts)} levels of anchors. Give "
+                "model.assigner.size_ranges one range per level."
+            )
+        centers = box_centers(concatenate_anchors(anchors))  # (R, 2)
+        least, largest = (_spread(bound, counts, centers.device) for bound in zip(*self.size_ranges))
+        radius = None
+        if self.center_sampling_radius is not None:
+            strides = anchors.strides if isinstance(anchors, AnchorGrid) else self.strides
+            if len(strides) != len(counts):
+                raise ValueError(
+                    f"SSCAssigner has {len(strides)} strides {list(strides)}, but there are "
+                    f"{len(counts)} levels of anchors. Give model.assigner.strides one per level."
+                )
+            reach = [stride * self.center_sampling_radius for stride in strides]
+            radius = _spread(reach, counts, centers.device)  # (R,) pixels
+
+        size = (len(gt_boxes), len(centers))
+        matched_idxs = torch.zeros(size, dtype=torch.int64, device=centers.device)
+        match_labels = torch.zeros(size, dtype=torch.int8, device=centers.device)
+        boxes = concatenate_boxes(gt_boxes, centers.device)
+        for i, image_boxes in enumerate(boxes.split([len(b) for b in gt_boxes])):
+            # Smallest first: then the first object that wants an anchor wins it.
+            order = box_areas(image_boxes).sort(stable=True).indices  # (M,)
+            image_boxes = image_boxes[order]
+            # One float matrix, one of int32, and a few of bool.
+            for first, last in chunks(len(centers), 3 * len(image_boxes), self.budget):
+                part = slice(first, last)
+                if len(image_boxes) == 0:
+                    break
+                wants = self._wants(
+                    image_boxes,
+                    centers[part],
+                    least[part],
+                    largest[part],
+                    None if radius is None else radius[part],
+                )
+                winner, is_positive = _first_true(wants)
+                matched_idxs[i, part] = order[winner]
+                match_labels[i, part] = is_positive.to(torch.int8)
+        return Assignment(matched_idxs, match_labels)
+
+    def _wants(
+        self,
+        boxes: Tensor,
+        centers: Tensor,
+        least: Tensor,
+        largest: Tensor,
+        radius: Optional[Tensor],
+    ) -> Tensor:
+        """Which of the (r,) anchors each of (M, 4) objects wants, (M, r) bool."""
+        x, y = centers.unbind(dim=1)  # (r,) each
+        x1, y1, x2, y2 = boxes.unsqueeze(-1).unbind(dim=1)  # (M, 1) each
+        is_inside, fits, reaches = None, None, None
+        # max(l, t, r, b) lies in the range if no side is too far, and one far enough: so one matrix
+        # of floats is enough, one side after the other.
+        for high, low in ((x, x1), (y, y1), (x2, x), (y2, y)):
+            distances = high - low  # (M, r)
+            if is_inside is None:
+                is_inside = distances > self.center_margin
+                fits, reaches = distances <= largest, distances >= least
+            else:
+                is_inside &= distances > self.center_margin
+                fits &= distances <= largest
+                reaches |= distances >= least
+        wants = is_inside & fits & reaches
+        if radius is not None:
+            for points, gt_centers in zip((x, y), box_centers(boxes).unsqueeze(-1).unbind(dim=1)):
+                wants &= (points - gt_centers).abs_() < radius
+        return wants
+
+
+def _first_true(wants: Tensor) -> Tuple[Tensor, Tensor]:
+    """First row that is true in each column of (M, r): its index (r,), 0 if none, and whether any."""
+    num_rows = len(wants)
+    rows = torch.arange(num_rows, device=wants.device, dtype=torch.int32).unsqueeze(1)
+    # Not argmax: on a GPU it may return any of several equal values.
+    first = rows.expand(wants.shape).masked_fill(~wants, num_rows).amin(dim=0)
+    is_any = first < num_rows
+    return first.masked_fill(~is_any, 0).to(torch.int64), is_any
+
+
+def _spread(values: Sequence[float], counts: Sequence[int], device: torch.device) -> Tensor:
+    """One value per level, repeated for each of its anchors: (R,) float32, without waiting."""
+    return torch.cat(
+        [torch.full((n,), float(value), device=device) for value, n in zip(values, counts)]
+    )
+
+
+def _check_ranges(size_ranges: Sequence[Tuple[float, float]]) -> Tuple[Tuple[float, float], ...]:
+    ranges = tuple(tuple(float(bound) for bound in pair) for pair in size_ranges)
+    where = "Change model.assigner.size_ranges."
+    if not ranges or any(len(pair) != 2 or not pair[0] < pair[1] for pair in ranges):
+        raise ValueError(
+            "SSCAssigner needs pairs (least, largest) of max(l, t, r, b) in pixels with least < "
+            f"largest, one per level, got {list(ranges)}. {where}"
+        )
+    for (start, largest), (least, _) in zip(ranges, ranges[1:]):
+        if least > largest:
+            raise ValueError(
+                f"SSCAssigner's size_ranges leave a gap: a level ends at {largest:g} px, the next "
+                f"starts at {least:g} px, and objects of a size in between would have no level. Let "
+                f"each range start where the one before ends. {where}"
+            )
+        if least < start:
+            raise ValueError(
+                "SSCAssigner's size_ranges go from fine to coarse levels, but a range from "
+                f"{least:g} px follows one from {start:g} px. {where}"
+            )
+    return ranges

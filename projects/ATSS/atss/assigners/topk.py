@@ -1,0 +1,111 @@
+"""Which few anchors of all suit an object best?
+
+A fixed number of positives for every object, large or small, over all pyramid levels together: the
+plain alternative to letting the object's statistics decide.
+"""
+
+from typing import List, Sequence, Union
+
+import torch
+from torch import Tensor
+
+from detectron2.structures import Boxes
+
+from ..anchors import AnchorGrid, concatenate_anchors
+from ..geometry import box_centers, center_distances, centers_inside, elementwise_iou
+from .assignment import Assignment, concatenate_boxes, resolve_claims, sortable
+from .dense import DEFAULT_BUDGET, check_budget, chunks, pairwise_ious
+
+__all__ = ["TopKAssigner"]
+
+# Weight of the distance against IoU: only to order anchors of the same IoU, in particular those of
+# small objects that overlap none.
+_DISTANCE_WEIGHT = 0.001
+
+
+class TopKAssigner:
+    """The k best anchors of each object over all levels, those of them inside it.
+
+    Best by IoU - 0.001 * distance / (largest distance of the image), so that of equal IoUs the
+    nearer anchor wins, then the smaller index. An anchor that several objects claim goes to the
+    highest IoU, then to the earlier object. Nothing waits for the GPU.
+
+    Args:
+        topk: k, anchors per object (not times anchors per location).
+        center_margin: least distance in pixels from a positive's centre to every side, itself
+            excluded.
+        budget: float32 values held at once; work that needs more goes through the objects in
+            chunks.
+
+    Raises:
+        ValueError: if an argument is out of range.
+    """
+
+    def __init__(self, topk: int = 9, center_margin: float = 0.01, budget: int = DEFAULT_BUDGET):
+        if isinstance(topk, bool) or not isinstance(topk, int) or topk < 1:
+            raise ValueError(
+                f"TopKAssigner needs an integer topk >= 1, got {topk!r}. Change "
+                "model.assigner.topk."
+            )
+        self.topk = topk
+        self.center_margin = center_margin
+        self.budget = check_budget("TopKAssigner", budget)
+
+    def __call__(
+        self, anchors: Union[AnchorGrid, Sequence[Boxes]], gt_boxes: Sequence[Boxes]
+    ) -> Assignment:
+        """Assign the anchors of a batch: candidates image by image, claims in one pass.
+
+        Args:
+            anchors: anchors of one padded image size, as a grid or as L `Boxes`.
+            gt_boxes: N `Boxes`, one per image, in the same frame.
+
+        Returns:
+            `Assignment` of shape (N, R), with its sparse form.
+        """
+        anchor_boxes = concatenate_anchors(anchors)  # (R, 4)
+        boxes = concatenate_boxes(gt_boxes, anchor_boxes.device)  # (M, 4)
+        num_objects = [len(b) for b in gt_boxes]
+        empty = torch.zeros((0, self._num_candidates(anchor_boxes)), dtype=torch.int64)
+        anchor_idxs = [empty.to(anchor_boxes.device)]
+        for image_boxes in boxes.split(num_objects):
+            anchor_idxs += self._best_anchors(image_boxes, anchor_boxes)
+        anchor_idxs = torch.cat(anchor_idxs)  # (M, k)
+
+        candidates = anchor_boxes[anchor_idxs]  # (M, k, 4)
+        boxes = boxes.unsqueeze(1)
+        is_claimed = centers_inside(box_centers(candidates), boxes, self.center_margin)
+        ious = elementwise_iou(boxes, candidates)
+        return resolve_claims(anchor_idxs, is_claimed, ious, num_objects, len(anchor_boxes))
+
+    def _num_candidates(self, anchors: Tensor) -> int:
+        return min(self.topk, len(anchors))
+
+    def _best_anchors(self, boxes: Tensor, anchors: Tensor) -> List[Tensor]:
+        """The k best anchors of each object of an image, best first, in chunks of objects."""
+        num_anchors = len(anchors)
+        gt_centers, centers = box_centers(boxes).unsqueeze(1), box_centers(anchors)
+        idxs = torch.arange(num_anchors, device=anchors.device)
+        # At the peak: scores, and two matrices of int64.
+        ranges = list(chunks(len(boxes), 5 * num_anchors, self.budget))
+
+        furthest = torch.zeros((), device=anchors.device)
+        for first, last in ranges:
+            distances = center_distances(gt_centers[first:last], centers)  # (m, R)
+            furthest = torch.maximum(furthest, distances.amax())
+            del distances
+        furthest = furthest.sqrt().clamp(min=torch.finfo(torch.float32).tiny)
+
+        best = []
+        for first, last in ranges:
+            penalties = center_distances(gt_centers[first:last], centers)  # (m, R)
+            penalties.sqrt_().div_(furthest).mul_(_DISTANCE_WEIGHT)
+            scores = torch.empty_like(penalties)
+            pairwise_ious(boxes[first:last], anchors, scores).sub_(penalties)
+            del penalties
+            # The index in the low half orders equal scores alike on every device.
+            keys = (sortable(scores) << 32).sub_(idxs)
+            del scores
+            keys = keys.topk(self._num_candidates(anchors), dim=1).values  # (m, k)
+            best.append(-keys & 0xFFFFFFFF)
+        return best

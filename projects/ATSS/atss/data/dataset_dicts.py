@@ -1,0 +1,111 @@
+"""Can these images be trained on? The check for every registered set, whatever it came from."""
+
+import numbers
+from typing import Any, Dict, List, Optional, Sequence, Union
+
+import numpy as np
+
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.build import (
+    filter_images_with_only_crowd_annotations,
+    print_instances_class_histogram,
+)
+from detectron2.data.detection_utils import check_metadata_consistency
+from detectron2.structures import BoxMode
+
+from .faults import (
+    box_fault,
+    check_files_exist,
+    is_empty,
+    log_empty_boxes,
+    raise_if_any,
+    to_corners,
+)
+
+
+def check_dataset_dicts(
+    dataset_dicts: Sequence[Dict[str, Any]], num_classes: int, dataset_name: str
+) -> List[Dict[str, Any]]:
+    """Check what a registered set gave, whatever it was loaded from, and drop boxes without area.
+
+    Args:
+        dataset_dicts: images in Detectron2's format; they are not changed.
+        num_classes: K; each category_id must be in 0..K-1.
+        dataset_name: for messages.
+
+    Returns:
+        The same images, with new annotation lists where a box was dropped.
+
+    Raises:
+        FileNotFoundError: an image file is missing.
+        ValueError: a box is not four numbers, not finite, or has x2 < x1 or y2 < y1; a class id is
+            out of range.
+    """
+    check_files_exist(
+        [image["file_name"] for image in dataset_dicts if "file_name" in image], dataset_name
+    )
+    faults, num_empty, cleaned = [], 0, []
+    for number, image in enumerate(dataset_dicts):
+        annotations = image.get("annotations", ())
+        kept = []
+        for index, annotation in enumerate(annotations):
+            fault = _annotation_fault(annotation, num_classes)
+            if fault:
+                name = image.get("image_id", number)
+                faults.append(f"annotation {index} (from 0) of image {name} has {fault}")
+            elif is_empty(_corners(annotation), image):
+                num_empty += 1
+            else:
+                kept.append(annotation)
+        cleaned.append({**image, "annotations": kept} if len(kept) < len(annotations) else image)
+    raise_if_any(faults, f"in data set {dataset_name}")
+    log_empty_boxes(num_empty, dataset_name)
+    return cleaned
+
+
+def load_dataset_dicts(
+    names: Union[str, Sequence[str]], num_classes: int, filter_empty: bool = True
+) -> List[Dict[str, Any]]:
+    """Detectron2's `get_detection_dataset_dicts` with `check_dataset_dicts` before anything else.
+
+    Args:
+        names: registered sets; their images are joined.
+        num_classes: K of the model.
+        filter_empty: whether to leave out images that have no annotation, or only crowds.
+
+    Raises:
+        FileNotFoundError, ValueError: as `check_dataset_dicts`; no images are left.
+    """
+    names = [names] if isinstance(names, str) else list(names)
+    dataset_dicts = []
+    for name in names:
+        dataset_dicts.extend(check_dataset_dicts(DatasetCatalog.get(name), num_classes, name))
+    has_annotations = all("annotations" in image for image in dataset_dicts)
+    if filter_empty and has_annotations:
+        dataset_dicts = filter_images_with_only_crowd_annotations(dataset_dicts)
+    if not dataset_dicts:
+        raise ValueError(f"No image with an object is left to train on in {', '.join(names)}.")
+    class_names = MetadataCatalog.get(names[0]).get("thing_classes")
+    if has_annotations and class_names:
+        check_metadata_consistency("thing_classes", names)
+        print_instances_class_histogram(dataset_dicts, class_names)
+    return dataset_dicts
+
+
+def _annotation_fault(annotation: Dict[str, Any], num_classes: int) -> Optional[str]:
+    """What is wrong with an annotation, as the object of "has"; None if nothing."""
+    mode, box = annotation.get("bbox_mode"), annotation.get("bbox")
+    if mode not in (BoxMode.XYXY_ABS, BoxMode.XYWH_ABS):
+        return f"bbox_mode {mode!r}, and only XYXY_ABS and XYWH_ABS are known"
+    fault = box_fault(box, has_corners=mode == BoxMode.XYXY_ABS)
+    if fault:
+        return f"bbox {box.tolist() if isinstance(box, np.ndarray) else box}, {fault}"
+    class_id = annotation.get("category_id")
+    if not isinstance(class_id, numbers.Integral) or not 0 <= class_id < num_classes:
+        return f"category_id {class_id}, and the model knows 0 to {num_classes - 1}"
+    return None
+
+
+def _corners(annotation: Dict[str, Any]) -> Sequence[float]:
+    box = annotation["bbox"]
+    return box if annotation["bbox_mode"] == BoxMode.XYXY_ABS else to_corners(box)
