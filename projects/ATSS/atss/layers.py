@@ -121,7 +121,8 @@ class DeformConv2d(nn.Module):
         self.groups = groups
         self.deformable_groups = deformable_groups
         self.norm = norm
-        self.activation = activation
+        # TorchScript can call a function that is an attribute, but not ask whether it is None.
+        self.activation = activation if activation is not None else nn.Identity()
         self.weight = nn.Parameter(
             torch.empty(out_channels, in_channels // groups, *self.kernel_size)
         )
@@ -154,9 +155,7 @@ class DeformConv2d(nn.Module):
         out = self._convolve(x, offset, mask)
         if self.norm is not None:
             out = self.norm(out)
-        if self.activation is not None:
-            out = self.activation(out)
-        return out
+        return self.activation(out)
 
     def _convolve(self, x: Tensor, offset: Tensor, mask: Optional[Tensor]) -> Tensor:
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
@@ -243,9 +242,7 @@ class PackedDeformConv2d(DeformConv2d):
         out = self._convolve(x, offset, mask)
         if self.norm is not None:
             out = self.norm(out)
-        if self.activation is not None:
-            out = self.activation(out)
-        return out
+        return self.activation(out)
 
 
 def split_offsets(predictions: Tensor, modulated: bool) -> Tuple[Tensor, Optional[Tensor]]:
