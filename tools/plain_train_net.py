@@ -1,0 +1,115 @@
+#!/usr/bin/env python
+"""Train what a LazyConfig describes with a bare loop, to copy and change.
+
+Does what `lazyconfig_train_net.py` does, without trainer and hooks: everything that happens in a
+step is in `do_train`.
+
+    python tools/plain_train_net.py --config-file configs/toy/atss_toy.py
+    python tools/plain_train_net.py --config-file configs/coco/atss_R_50_FPN_1x.py --num-gpus 8
+"""
+
+import logging
+
+import torch
+from atss.checkpointer import ATSSCheckpointer, load_or_resume
+from atss.command_line import run, training_parser
+from atss.lazy_training import build_model, choose_data, evaluate_lazy, load_lazy_config
+from atss.training_loop import autocast_dtype, create_ddp_model
+from fvcore.common.checkpoint import PeriodicCheckpointer
+
+from detectron2.config import instantiate
+from detectron2.engine import default_setup, default_writers
+from detectron2.solver import LRMultiplier
+from detectron2.utils import comm
+from detectron2.utils.events import EventStorage
+
+logger = logging.getLogger("atss.plain_train_net")
+
+
+def do_train(cfg, resume):
+    model = build_model(cfg)
+    cfg.optimizer.params.model = model
+    optimizer = instantiate(cfg.optimizer)
+    cfg.optimizer.params.model = None
+    max_iter = cfg.train.max_iter
+    scheduler = LRMultiplier(optimizer, instantiate(cfg.lr_multiplier), max_iter)
+
+    checkpointer = ATSSCheckpointer(
+        model, cfg.train.output_dir, optimizer=optimizer, scheduler=scheduler
+    )
+    load_or_resume(checkpointer, cfg.train.init_checkpoint, resume)
+    # The scheduler has counted the steps that are done.
+    start_iter = scheduler.last_epoch if resume else 0
+
+    device = next(model.parameters()).device
+    dtype = autocast_dtype(cfg.train.amp.enabled, cfg.train.amp.precision, device)
+    scaler = torch.cuda.amp.GradScaler() if dtype == torch.float16 else None
+    ddp_model = create_ddp_model(model, **cfg.train.ddp)
+    ddp_model.train()
+    is_main = comm.is_main_process()
+    periodic_checkpointer = PeriodicCheckpointer(
+        checkpointer, max_iter=max_iter, **cfg.train.checkpointer
+    )
+    writers = default_writers(cfg.train.output_dir, max_iter) if is_main else []
+
+    loader = instantiate(cfg.dataloader.train)
+    logger.info("Starting training from iteration %d", start_iter)
+    with EventStorage(start_iter) as storage:
+        for data, iteration in zip(loader, range(start_iter, max_iter)):
+            storage.iter = iteration
+            with torch.autocast(device.type, dtype, enabled=dtype is not None):
+                loss_dict = ddp_model(data)
+            losses = sum(loss_dict.values())
+
+            optimizer.zero_grad()
+            if scaler is None:
+                losses.backward()
+                optimizer.step()
+            else:
+                scaler.scale(losses).backward()
+                scaler.step(optimizer)
+                scaler.update()
+
+            # Reading a loss waits for the GPU, so it is done only when somebody looks.
+            is_last = iteration + 1 == max_iter
+            if (iteration + 1) % cfg.train.log_period == 0 or is_last:
+                reduced = {k: v.item() for k, v in comm.reduce_dict(loss_dict).items()}
+                if is_main:
+                    if not all(torch.isfinite(torch.tensor(v)) for v in reduced.values()):
+                        raise FloatingPointError(f"Loss at iteration {iteration}: {reduced}")
+                    storage.put_scalars(total_loss=sum(reduced.values()), **reduced)
+                    storage.put_scalar(
+                        "lr", optimizer.param_groups[0]["lr"], smoothing_hint=False
+                    )
+            scheduler.step()
+
+            if (cfg.train.eval_period and (iteration + 1) % cfg.train.eval_period == 0) or is_last:
+                results = evaluate_lazy(cfg, ddp_model)
+                ddp_model.train()
+                if is_main and results:
+                    for task, values in results.items():
+                        scalars = {f"{task}/{name}": value for name, value in values.items()}
+                        storage.put_scalars(**scalars, smoothing_hint=False)
+                comm.synchronize()
+            if is_main:
+                if (iteration + 1) % cfg.train.log_period == 0 or is_last:
+                    for writer in writers:
+                        writer.write()
+                periodic_checkpointer.step(iteration)
+    for writer in writers:
+        writer.close()
+
+
+def main(args):
+    cfg = load_lazy_config(args.config_file, args.opts)
+    choose_data(cfg, args)
+    default_setup(cfg, args)
+    if not args.eval_only:
+        return do_train(cfg, args.resume)
+    model = build_model(cfg)
+    load_or_resume(ATSSCheckpointer(model, cfg.train.output_dir), cfg.train.init_checkpoint, False)
+    return evaluate_lazy(cfg, create_ddp_model(model))
+
+
+if __name__ == "__main__":
+    run(main, training_parser(__doc__).parse_args())
