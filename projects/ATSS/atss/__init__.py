@@ -11,8 +11,10 @@ from .box_regression import Box2BoxTransform, PointToBoxTransform
 from .config import add_atss_config
 from .detector import ATSSDetector, build_detector
 from .head import ATSS_HEAD_REGISTRY, ATSSHead
+from .layers import DeformConv2d, PackedDeformConv2d, swap_deform_convs
 from .losses import DenseLoss
 from .proposal_generator import ATSS
+from .proposals import ProposalSelector
 
 __version__ = "0.1.0"
 
@@ -25,10 +27,13 @@ __all__ = [
     "AnchorGrid",
     "Assignment",
     "Box2BoxTransform",
+    "DeformConv2d",
     "DenseLoss",
     "GridAnchorGenerator",
     "IoUAssigner",
+    "PackedDeformConv2d",
     "PointToBoxTransform",
+    "ProposalSelector",
     "SSCAssigner",
     "TopKAssigner",
     "add_atss_config",
@@ -36,4 +41,5 @@ __all__ = [
     "build_detector",
     "octave_sizes",
     "resnet_fpn",
+    "swap_deform_convs",
 ]

@@ -3,18 +3,21 @@
 P6 comes from P5, not from C5 as in RetinaNet (Sec. 4, after FCOS).
 """
 
-from typing import List
+from typing import List, Sequence
 
-from torch import Tensor
+from fvcore.nn import weight_init
+from torch import Tensor, nn
 from torch.nn import functional as F
 
-from detectron2.layers import ShapeSpec
+from detectron2.layers import Conv2d, ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY
 from detectron2.modeling.backbone import FPN, BasicStem, ResNet
 from detectron2.modeling.backbone.fpn import LastLevelP6P7
 from detectron2.modeling.backbone.resnet import BasicBlock, BottleneckBlock
 
-__all__ = ["P6P7FromP5", "build_atss_resnet_fpn_backbone", "resnet_fpn"]
+from .layers import DeformConv2d, split_offsets
+
+__all__ = ["DeformBottleneckBlock", "P6P7FromP5", "build_atss_resnet_fpn_backbone", "resnet_fpn"]
 
 _BLOCKS_PER_STAGE = {
     18: (2, 2, 2, 2),
@@ -43,6 +46,60 @@ class P6P7FromP5(LastLevelP6P7):
         return [p6, self.p7(F.relu(p6) if self.relu_before_p7 else p6)]
 
 
+class DeformBottleneckBlock(BottleneckBlock):
+    """Bottleneck whose 3x3 convolution is deformable, on every device.
+
+    Parameters have the names of Detectron2's block of that name, which needs its compiled part.
+
+    Args:
+        in_channels, out_channels: channels of the input and the output.
+        deform_modulated: DCNv2, with a mask, instead of DCNv1.
+        deform_num_groups: groups of channels with offsets of their own.
+        **options: the other arguments of Detectron2's `BottleneckBlock`.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        *,
+        deform_modulated: bool = False,
+        deform_num_groups: int = 1,
+        **options,
+    ):
+        super().__init__(in_channels, out_channels, **options)
+        self.deform_modulated = deform_modulated
+        plain = self.conv2
+        window = {
+            "kernel_size": plain.kernel_size,
+            "stride": plain.stride,
+            "padding": plain.padding,
+            "dilation": plain.dilation,
+        }
+        self.conv2_offset = Conv2d(
+            plain.in_channels, (27 if deform_modulated else 18) * deform_num_groups, **window
+        )
+        nn.init.zeros_(self.conv2_offset.weight)
+        nn.init.zeros_(self.conv2_offset.bias)
+        self.conv2 = DeformConv2d(
+            plain.in_channels,
+            plain.out_channels,
+            groups=plain.groups,
+            deformable_groups=deform_num_groups,
+            norm=plain.norm,
+            **window,
+        )
+        weight_init.c2_msra_fill(self.conv2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, in_channels, H, W) to (N, out_channels, Ho, Wo)."""
+        out = F.relu_(self.conv1(x))
+        offset, mask = split_offsets(self.conv2_offset(out), self.deform_modulated)
+        out = F.relu_(self.conv2(out, offset, mask))
+        shortcut = x if self.shortcut is None else self.shortcut(x)
+        return F.relu_(self.conv3(out) + shortcut)
+
+
 def resnet_fpn(
     depth: int = 50,
     norm: str = "FrozenBN",
@@ -56,8 +113,12 @@ def resnet_fpn(
     out_channels: int = 256,
     fpn_norm: str = "",
     relu_before_p7: bool = True,
+    deform_on_per_stage: Sequence[bool] = (False, False, False, False),
+    deform_modulated: bool = True,
+    deform_num_groups: int = 1,
+    in_features: Sequence[str] = ("res3", "res4", "res5"),
 ) -> FPN:
-    """Backbone with feature maps "p3" to "p7" (strides 8 to 128).
+    """Backbone with feature maps "p3" to "p7" (strides 8 to 128), and "p2" for two-stage models.
 
     Args:
         depth: 18 or 34 (basic blocks), 50, 101 or 152 (bottlenecks).
@@ -73,17 +134,33 @@ def resnet_fpn(
         out_channels: channels of the pyramid.
         fpn_norm: normalisation in the pyramid; "" is the paper's.
         relu_before_p7: see `P6P7FromP5`.
+        deform_on_per_stage: whether 3x3 convolutions of res2, res3, res4, res5 are deformable. The
+            paper: from res3 in ResNet, from res4 in ResNeXt.
+        deform_modulated, deform_num_groups: see `DeformBottleneckBlock`.
+        in_features: stages that get a pyramid level; with "res2" in front there is a "p2".
 
     Returns:
         Detectron2's `FPN`; its parameters have Detectron2's names, so zoo weights load.
 
     Raises:
-        ValueError: for a depth that does not exist.
+        ValueError: for a depth that does not exist, or stages that do not fit it.
     """
     if depth not in _BLOCKS_PER_STAGE:
         raise ValueError(
             f"Unknown ResNet depth {depth} for model.backbone.depth; known are "
             f"{sorted(_BLOCKS_PER_STAGE)}."
+        )
+    if len(deform_on_per_stage) != 4 or (depth < 50 and any(deform_on_per_stage)):
+        raise ValueError(
+            "model.backbone.deform_on_per_stage (MODEL.RESNETS.DEFORM_ON_PER_STAGE) has one value for "
+            "each of res2 to res5, and all are False below depth 50, whose blocks are no bottlenecks; "
+            f"got {list(deform_on_per_stage)} for depth {depth}."
+        )
+    known = ["res2", "res3", "res4", "res5"]
+    if list(in_features) not in (known[i:] for i in range(4)):
+        raise ValueError(
+            "model.backbone.in_features (MODEL.FPN.IN_FEATURES) needs consecutive stages up to res5, "
+            f"such as {known[1:]}, got {list(in_features)}."
         )
     stages = []
     channels, stage_channels = stem_out_channels, res2_out_channels
@@ -97,6 +174,9 @@ def resnet_fpn(
                 num_groups=num_groups,
             )
         block = BottleneckBlock if depth >= 50 else BasicBlock
+        if deform_on_per_stage[i]:
+            block = DeformBottleneckBlock
+            options.update(deform_modulated=deform_modulated, deform_num_groups=deform_num_groups)
         stages.append(
             ResNet.make_stage(
                 block, num_blocks, in_channels=channels, out_channels=stage_channels, **options
@@ -107,12 +187,12 @@ def resnet_fpn(
     bottom_up = ResNet(
         BasicStem(in_channels, stem_out_channels, norm),
         stages,
-        out_features=["res3", "res4", "res5"],
+        out_features=list(in_features),
         freeze_at=freeze_at,
     )
     return FPN(
         bottom_up,
-        in_features=["res3", "res4", "res5"],
+        in_features=list(in_features),
         out_channels=out_channels,
         norm=fpn_norm,
         top_block=P6P7FromP5(out_channels, relu_before_p7),
@@ -136,4 +216,8 @@ def build_atss_resnet_fpn_backbone(cfg, input_shape: ShapeSpec) -> FPN:
         out_channels=cfg.MODEL.FPN.OUT_CHANNELS,
         fpn_norm=cfg.MODEL.FPN.NORM,
         relu_before_p7=cfg.MODEL.ATSS.RELU_BEFORE_P7,
+        deform_on_per_stage=resnets.DEFORM_ON_PER_STAGE,
+        deform_modulated=resnets.DEFORM_MODULATED,
+        deform_num_groups=resnets.DEFORM_NUM_GROUPS,
+        in_features=cfg.MODEL.FPN.IN_FEATURES or ["res3", "res4", "res5"],
     )

@@ -15,6 +15,7 @@ from .assigners import ATSSAssigner, IoUAssigner, SSCAssigner, TopKAssigner
 from .box_regression import Box2BoxTransform, PointToBoxTransform
 from .head import ATSS_HEAD_REGISTRY
 from .losses import DenseLoss
+from .proposals import ProposalSelector
 
 __all__ = [
     "ASSIGNER_REGISTRY",
@@ -64,12 +65,16 @@ def build_box2box_transform(cfg):
     return _build(BOX2BOX_TRANSFORM_REGISTRY, node, "MODEL.ATSS.BOX2BOX_TRANSFORM", defaults)
 
 
-def build_parts(cfg, input_shape: Dict[str, ShapeSpec]) -> Dict[str, Any]:
+def build_parts(
+    cfg, input_shape: Dict[str, ShapeSpec], as_proposals: bool = False
+) -> Dict[str, Any]:
     """Constructor arguments of `ATSS`.
 
     Args:
         cfg: config with `add_atss_config`'s keys.
         input_shape: channels and stride of each feature map by name.
+        as_proposals: the parts of a first stage: one class, and the counts and the NMS threshold of
+            MODEL.RPN and MODEL.PROPOSAL_GENERATOR, which mean the same there.
 
     Returns:
         Keyword arguments.
@@ -83,6 +88,7 @@ def build_parts(cfg, input_shape: Dict[str, ShapeSpec]) -> Dict[str, Any]:
         raise ValueError(
             f"MODEL.ATSS.IN_FEATURES names {missing}, but the backbone gives {list(input_shape)}."
         )
+    num_classes = 1 if as_proposals else atss.NUM_CLASSES
     shapes = [input_shape[name] for name in atss.IN_FEATURES]
     anchor_generator = build_anchor_generator(cfg, shapes)
     box2box_transform = build_box2box_transform(cfg)
@@ -93,7 +99,7 @@ def build_parts(cfg, input_shape: Dict[str, ShapeSpec]) -> Dict[str, Any]:
         "MODEL.ATSS.HEAD",
         {
             "in_channels": shapes[0].channels,
-            "num_classes": atss.NUM_CLASSES,
+            "num_classes": num_classes,
             "num_anchors": anchor_generator.num_anchors[0],
             "num_levels": len(shapes),
             "bbox_bias": bbox_bias,
@@ -101,7 +107,7 @@ def build_parts(cfg, input_shape: Dict[str, ShapeSpec]) -> Dict[str, Any]:
     )
     loss = DenseLoss(
         box2box_transform=box2box_transform,
-        num_classes=atss.NUM_CLASSES,
+        num_classes=num_classes,
         centerness=atss.HEAD.CENTERNESS,
         **_arguments(atss.LOSS),
     )
@@ -111,7 +117,7 @@ def build_parts(cfg, input_shape: Dict[str, ShapeSpec]) -> Dict[str, Any]:
         "assigner": build_assigner(cfg),
         "box2box_transform": box2box_transform,
         "loss": loss,
-        "num_classes": atss.NUM_CLASSES,
+        "num_classes": num_classes,
         "in_features": tuple(atss.IN_FEATURES),
         "score_thresh": atss.SCORE_THRESH,
         "topk_candidates": atss.TOPK_CANDIDATES,
@@ -120,7 +126,18 @@ def build_parts(cfg, input_shape: Dict[str, ShapeSpec]) -> Dict[str, Any]:
         "sqrt_score": atss.SQRT_SCORE,
         "box_offset": atss.BOX_OFFSET,
         "stats_period": atss.STATS_PERIOD,
+        "proposal_selector": _build_proposal_selector(cfg) if as_proposals else None,
     }
+
+
+def _build_proposal_selector(cfg) -> ProposalSelector:
+    rpn = cfg.MODEL.RPN
+    return ProposalSelector(
+        pre_nms_topk=(rpn.PRE_NMS_TOPK_TRAIN, rpn.PRE_NMS_TOPK_TEST),
+        post_nms_topk=(rpn.POST_NMS_TOPK_TRAIN, rpn.POST_NMS_TOPK_TEST),
+        nms_thresh=rpn.NMS_THRESH,
+        min_box_size=cfg.MODEL.PROPOSAL_GENERATOR.MIN_SIZE,
+    )
 
 
 def _arguments(node: Mapping[str, Any]) -> Dict[str, Any]:

@@ -13,6 +13,7 @@ from detectron2.modeling.postprocessing import detector_postprocess
 from detectron2.structures import ImageList, Instances
 from detectron2.utils.events import get_event_storage
 
+from .build import build_parts
 from .proposal_generator import ATSS
 
 __all__ = ["ATSSDetector", "build_detector"]
@@ -62,7 +63,7 @@ class ATSSDetector(nn.Module):
         backbone = build_backbone(cfg)
         return {
             "backbone": backbone,
-            "proposal_generator": ATSS(cfg, backbone.output_shape()),
+            "proposal_generator": ATSS(**build_parts(cfg, backbone.output_shape())),
             "pixel_mean": cfg.MODEL.PIXEL_MEAN,
             "pixel_std": cfg.MODEL.PIXEL_STD,
             "input_format": cfg.INPUT.FORMAT,

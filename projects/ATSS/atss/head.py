@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from detectron2.layers import get_norm
 from detectron2.utils.registry import Registry
 
-from .layers import LevelScale
+from .layers import LevelScale, PackedDeformConv2d
 
 __all__ = ["ATSS_HEAD_REGISTRY", "ATSSHead", "DensePredictions"]
 
@@ -56,7 +56,7 @@ class ATSSHead(nn.Module):
             groups. Batch statistics ("BN", "SyncBN") are shared over levels.
         centerness: predict centerness.
         level_scales: multiply the deltas of each level with a learned factor.
-        deformable: make the last convolution of both towers deformable (DCNv2).
+        deformable: make the last convolution of both towers deformable (`PackedDeformConv2d`, DCNv2).
         conv_bias: give tower convolutions a bias; the authors do, mmdetection does not.
         bbox_bias: initial bias of the deltas: 0 for boxes, 4 for points.
         prior_prob: initial class probability of every anchor, in (0, 1) (focal loss paper, 4.1).
@@ -102,16 +102,20 @@ class ATSSHead(nn.Module):
                 f"GroupNorm has 32 groups, which do not divide in_channels={in_channels}. Give the "
                 "head a multiple of 32 channels, or another norm."
             )
-        if deformable:
-            raise NotImplementedError("deformable towers come with DeformConv2d")
+        if deformable and num_convs == 0:
+            raise ValueError(
+                "ATSSHead makes the last convolution of its towers deformable, but num_convs is 0. "
+                "Give model.head.num_convs at least 1, or deformable=False."
+            )
         self.num_classes = num_classes
         self.num_anchors = num_anchors
         self.num_levels = num_levels
 
         def make_tower() -> nn.Sequential:
             layers: List[nn.Module] = []
-            for _ in range(num_convs):
-                layers.append(nn.Conv2d(in_channels, in_channels, 3, padding=1, bias=conv_bias))
+            for i in range(num_convs):
+                conv = PackedDeformConv2d if deformable and i == num_convs - 1 else nn.Conv2d
+                layers.append(conv(in_channels, in_channels, 3, padding=1, bias=conv_bias))
                 if norm:
                     layers.append(get_norm(norm, in_channels))
                 layers.append(nn.ReLU())
@@ -127,6 +131,8 @@ class ATSSHead(nn.Module):
         self.scales = nn.ModuleList(
             LevelScale() if level_scales else nn.Identity() for _ in range(num_levels)
         )
+        # Offset convolutions are among these; deformable ones keep the scale of their own, as in the
+        # authors' release.
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.normal_(module.weight, std=0.01)

@@ -17,6 +17,7 @@ from .build import build_parts
 from .head import DensePredictions
 from .losses import DenseLoss
 from .postprocessing import detect
+from .proposals import ProposalSelector
 from .targets import Targets, label_anchors
 
 __all__ = ["ATSS"]
@@ -42,6 +43,9 @@ class ATSS(nn.Module):
         box_offset: pixels added to decoded boxes, 0.5 for converted weights of the authors.
         stats_period: every so many iterations, log positives per image and objects without
             positives (this waits for the GPU); 0 never.
+        proposal_selector: given, this is the first stage of a two-stage detector: it returns
+            class-agnostic proposals, in training too, and prefixes its losses. The thresholds and
+            counts of detections above then do not matter.
 
     Raises:
         ValueError: where parts do not fit each other, saying which config entry to change.
@@ -65,8 +69,15 @@ class ATSS(nn.Module):
         sqrt_score: bool = True,
         box_offset: float = 0.0,
         stats_period: int = 0,
+        proposal_selector: Optional[ProposalSelector] = None,
     ):
         super().__init__()
+        if proposal_selector is not None and num_classes != 1:
+            raise ValueError(
+                "ATSS with a proposal_selector is the first stage of a two-stage detector, which "
+                f"tells objects from background only: it needs num_classes=1, got {num_classes}. "
+                "Change model.proposal_generator.num_classes, or leave proposal_selector out."
+            )
         _check_parts(head, anchor_generator, box2box_transform, loss, num_classes, in_features)
         self.head = head
         self.anchor_generator = anchor_generator
@@ -82,10 +93,12 @@ class ATSS(nn.Module):
         self.sqrt_score = sqrt_score
         self.box_offset = box_offset
         self.stats_period = stats_period
+        self.proposal_selector = proposal_selector
 
     @classmethod
     def from_config(cls, cfg, input_shape: Dict[str, ShapeSpec]):
-        return build_parts(cfg, input_shape)
+        # Only two-stage models build it from their config by name; `ATSSDetector` passes parts.
+        return build_parts(cfg, input_shape, as_proposals=True)
 
     def forward(
         self,
@@ -93,7 +106,7 @@ class ATSS(nn.Module):
         features: Dict[str, Tensor],
         gt_instances: Optional[List[Instances]] = None,
     ) -> Tuple[List[Instances], Dict[str, Tensor]]:
-        """Losses in training, detections in evaluation.
+        """Losses in training, detections in evaluation; as first stage, proposals in both.
 
         Args:
             images: N padded images; only their sizes matter.
@@ -102,7 +115,8 @@ class ATSS(nn.Module):
 
         Returns:
             Detections, N `Instances` with `pred_boxes`, `scores`, `pred_classes` (none in
-            training), and losses (none in evaluation).
+            training), and losses (none in evaluation). As first stage: N `Instances` with
+            `proposal_boxes` and `objectness_logits`, and losses "loss_rpn_...".
 
         Raises:
             ValueError: for a feature the backbone lacks, strides that do not fit the features, or
@@ -116,15 +130,22 @@ class ATSS(nn.Module):
             )
         feature_list = [features[name] for name in self.in_features]
         predictions = self.head(feature_list)
+        results: List[Instances] = []
+        if not self.training or self.proposal_selector is not None:
+            results = self.inference(predictions, feature_list, images.image_sizes)
         if not self.training:
-            return self.inference(predictions, feature_list, images.image_sizes), {}
+            return results, {}
         if gt_instances is None:
             raise ValueError("ATSS needs gt_instances in training, got None.")
         _check_strides(images, feature_list, self.anchor_generator.strides, self.in_features)
         anchors = self.anchor_generator.grid(feature_list)
         targets = label_anchors(self.assigner, anchors, gt_instances, self.num_classes)
         self._log_statistics(targets)
-        return [], self.loss(predictions, anchors, targets)
+        losses = self.loss(predictions, anchors, targets)
+        if self.proposal_selector is not None:
+            # The second stage has a loss_cls and a loss_box_reg too, and dictionaries get merged.
+            losses = {name.replace("loss_", "loss_rpn_", 1): x for name, x in losses.items()}
+        return results, losses
 
     def inference(
         self,
@@ -132,7 +153,7 @@ class ATSS(nn.Module):
         features: Sequence[Tensor],
         image_sizes: Sequence[Tuple[int, int]],
     ) -> List[Instances]:
-        """Detections of a batch.
+        """Detections of a batch, or proposals as first stage.
 
         Args:
             predictions: raw output of the head.
@@ -140,8 +161,19 @@ class ATSS(nn.Module):
             image_sizes: N (height, width) in pixels, before padding.
 
         Returns:
-            N `Instances` with `pred_boxes`, `scores` and `pred_classes`, by falling score.
+            N `Instances` with `pred_boxes`, `scores` and `pred_classes`, or `proposal_boxes` and
+            `objectness_logits`, by falling score.
         """
+        if self.proposal_selector is not None:
+            return self.proposal_selector(
+                predictions,
+                self.anchor_generator(features),
+                image_sizes,
+                self.box2box_transform.apply_deltas,
+                self.training,
+                sqrt_score=self.sqrt_score,
+                box_offset=self.box_offset,
+            )
         return detect(
             predictions,
             self.anchor_generator(features),
