@@ -124,7 +124,7 @@ def adaptive_threshold(candidate_ious: Tensor) -> Tensor:
         >>> adaptive_threshold(torch.tensor([[0.1, 0.2, 0.6]]))
         tensor([[0.5646]])
     """
-    if candidate_ious.shape[1] == 1:
-        return candidate_ious
+    if candidate_ious.shape[1] == 1 or len(candidate_ious) == 0:
+        return candidate_ious[:, :1]
     std, mean = torch.std_mean(candidate_ious, dim=1, keepdim=True)
     return mean + std

@@ -1,0 +1,118 @@
+"""What all tests share: seeds, one thread, the golden data and its mapping to our coordinates."""
+
+import json
+import os
+from pathlib import Path
+from typing import Dict, Iterator, Tuple
+
+import numpy as np
+import pytest
+import torch
+from atss.anchors import AnchorGrid, GridAnchorGenerator, octave_sizes
+from atss.assigners import ATSSAssigner
+from atss.backbone import resnet_fpn
+from atss.box_regression import Box2BoxTransform
+from atss.detector import build_detector
+from atss.head import ATSSHead
+from atss.losses import DenseLoss
+
+from detectron2.structures import Boxes, Instances
+
+GOLDEN = Path(__file__).parent / "data" / "golden"
+REPO = Path(__file__).parents[1]
+STRIDES = (8, 16, 32, 64, 128)
+
+# Tools run in subprocesses; two threads each would fight for the cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+    np.random.seed(0)
+
+
+def golden_cases(file: str) -> Iterator[Tuple[Dict, Dict[str, np.ndarray]]]:
+    """Settings and arrays of every case of a golden file."""
+    with np.load(GOLDEN / f"{file}.npz") as archive:
+        for case in json.loads(str(archive["cases"])):
+            prefix = case["name"] + "/"
+            yield case, {
+                key[len(prefix) :]: archive[key] for key in archive.files if key.startswith(prefix)
+            }
+
+
+def grown(boxes) -> torch.Tensor:
+    """Boxes of inclusive pixels in continuous coordinates: half a pixel larger on each side."""
+    return torch.as_tensor(boxes, dtype=torch.float32) + torch.tensor([-0.5, -0.5, 0.5, 0.5])
+
+
+def golden_grid(fields: Dict[str, np.ndarray], grow: bool = True) -> AnchorGrid:
+    """The grid of a golden case; its cell anchors lie around half a stride instead of 0."""
+    cells = [
+        (grown(cell) if grow else torch.as_tensor(cell)) - float(stride) / 2
+        for cell, stride in zip(fields["cell_anchors"], fields["strides"])
+    ]
+    sizes = [(int(height), int(width)) for height, width in fields["grid_sizes"]]
+    return AnchorGrid(sizes, [float(s) for s in fields["strides"]], cells)
+
+
+def make_grid(height: int, width: int, num_levels: int = 5, scale: float = 8.0) -> AnchorGrid:
+    """Square anchors over an image of the given size."""
+    strides = STRIDES[:num_levels]
+    sizes = [(-(-height // s), -(-width // s)) for s in strides]
+    cells = [torch.tensor([[-1.0, -1.0, 1.0, 1.0]]) * scale * s / 2 for s in strides]
+    return AnchorGrid(sizes, strides, cells)
+
+
+def random_boxes(count: int, height: float, width: float, low: float = 4.0) -> torch.Tensor:
+    """(count, 4) boxes with log-uniform sides, centres in the image or a little outside."""
+    sides = torch.exp(torch.empty(count, 2).uniform_(np.log(low), np.log(0.9 * max(height, width))))
+    centers = torch.rand(count, 2) * torch.tensor([width, height]) * 1.2 - 0.1 * width
+    return torch.cat((centers - sides / 2, centers + sides / 2), dim=1)
+
+
+def make_instances(boxes, classes, size=(64, 64)) -> Instances:
+    instances = Instances(size)
+    instances.gt_boxes = Boxes(torch.as_tensor(boxes, dtype=torch.float32).view(-1, 4))
+    instances.gt_classes = torch.as_tensor(classes, dtype=torch.int64).view(-1)
+    return instances
+
+
+def tiny_detector(**changes):
+    """A detector that runs in milliseconds; parts can be replaced by keyword."""
+    num_classes = changes.pop("num_classes", 3)
+    transform = changes.pop("box2box_transform", Box2BoxTransform((10.0, 10.0, 5.0, 5.0)))
+    head = dict(in_channels=32, num_classes=num_classes, num_convs=1)
+    head.update(changes.pop("head", {}))
+    loss = dict(centerness=head.get("centerness", True))
+    loss.update(changes.pop("loss", {}))
+    parts = dict(
+        backbone=resnet_fpn(
+            depth=18, norm="GN", freeze_at=0, stem_out_channels=32, res2_out_channels=32,
+            out_channels=32,
+        ),
+        head=ATSSHead(**head),
+        anchor_generator=GridAnchorGenerator(
+            sizes=octave_sizes(STRIDES), aspect_ratios=[1.0], strides=list(STRIDES)
+        ),
+        assigner=ATSSAssigner(),
+        box2box_transform=transform,
+        loss=DenseLoss(transform, num_classes, **loss),
+        num_classes=num_classes,
+        pixel_mean=[127.0] * 3,
+        pixel_std=[60.0] * 3,
+    )  # fmt: skip
+    parts.update(changes)
+    return build_detector(**parts)
+
+
+def make_input(height=64, width=96, boxes=(), classes=()):
+    """One element of a batch, as Detectron2's mapper makes it."""
+    return {
+        "image": torch.rand(3, height, width) * 255,
+        "instances": make_instances(boxes, classes, (height, width)),
+        "height": height,
+        "width": width,
+    }
