@@ -77,9 +77,7 @@ model = L(GeneralizedRCNN)(
             pooler_type="ROIAlignV2",
         ),
         box_head=L(FastRCNNConvFCHead)(
-            input_shape=L(ShapeSpec)(
-                channels="${....backbone.out_channels}", height=7, width=7
-            ),
+            input_shape=L(ShapeSpec)(channels="${....backbone.out_channels}", height=7, width=7),
             conv_dims=[],
             fc_dims=[1024, 1024],
         ),

@@ -16,9 +16,7 @@ model.roi_heads.update(
         pooler_type="ROIAlignV2",
     ),
     mask_head=L(MaskRCNNConvUpsampleHead)(
-        input_shape=L(ShapeSpec)(
-            channels="${....backbone.out_channels}", width=14, height=14
-        ),
+        input_shape=L(ShapeSpec)(channels="${....backbone.out_channels}", width=14, height=14),
         num_classes="${..num_classes}",
         conv_dims=[256, 256, 256, 256, 256],
     ),

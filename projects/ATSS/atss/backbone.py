@@ -152,15 +152,15 @@ def resnet_fpn(
         )
     if len(deform_on_per_stage) != 4 or (depth < 50 and any(deform_on_per_stage)):
         raise ValueError(
-            "model.backbone.deform_on_per_stage (MODEL.RESNETS.DEFORM_ON_PER_STAGE) has one value for "
-            "each of res2 to res5, and all are False below depth 50, whose blocks are no bottlenecks; "
+            "model.backbone.deform_on_per_stage (MODEL.RESNETS.DEFORM_ON_PER_STAGE) has one value "
+            "for each of res2 to res5, all False below depth 50, whose blocks are no bottlenecks; "
             f"got {list(deform_on_per_stage)} for depth {depth}."
         )
     known = ["res2", "res3", "res4", "res5"]
     if list(in_features) not in (known[i:] for i in range(4)):
         raise ValueError(
-            "model.backbone.in_features (MODEL.FPN.IN_FEATURES) needs consecutive stages up to res5, "
-            f"such as {known[1:]}, got {list(in_features)}."
+            "model.backbone.in_features (MODEL.FPN.IN_FEATURES) needs consecutive stages up to "
+            f"res5, such as {known[1:]}, got {list(in_features)}."
         )
     stages = []
     channels, stage_channels = stem_out_channels, res2_out_channels

@@ -56,7 +56,7 @@ class ATSSHead(nn.Module):
             groups. Batch statistics ("BN", "SyncBN") are shared over levels.
         centerness: predict centerness.
         level_scales: multiply the deltas of each level with a learned factor.
-        deformable: make the last convolution of both towers deformable (`PackedDeformConv2d`, DCNv2).
+        deformable: make the last convolution of both towers deformable, DCNv2.
         conv_bias: give tower convolutions a bias; the authors do, mmdetection does not.
         bbox_bias: initial bias of the deltas: 0 for boxes, 4 for points.
         prior_prob: initial class probability of every anchor, in (0, 1) (focal loss paper, 4.1).
@@ -125,14 +125,12 @@ class ATSSHead(nn.Module):
         self.bbox_tower = make_tower()
         self.cls_logits = nn.Conv2d(in_channels, num_anchors * num_classes, 3, padding=1)
         self.bbox_pred = nn.Conv2d(in_channels, num_anchors * 4, 3, padding=1)
-        self.centerness = (
-            nn.Conv2d(in_channels, num_anchors, 3, padding=1) if centerness else None
-        )
+        self.centerness = nn.Conv2d(in_channels, num_anchors, 3, padding=1) if centerness else None
         self.scales = nn.ModuleList(
             LevelScale() if level_scales else nn.Identity() for _ in range(num_levels)
         )
-        # Offset convolutions are among these; deformable ones keep the scale of their own, as in the
-        # authors' release.
+        # Offset convolutions are among these; deformable ones keep the scale that Detectron2 gives
+        # them, as in the authors' release.
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.normal_(module.weight, std=0.01)

@@ -26,7 +26,7 @@ _kernel = "torchvision"
 
 
 class LevelScale(nn.Module):
-    """One learned factor for one pyramid level, so that levels can share a head (Table 1, last row).
+    """One learned factor for one pyramid level, so that levels share a head (Table 1, last row).
 
     Args:
         initial: value at the start of training.
@@ -63,7 +63,7 @@ def set_deform_kernel(name: str) -> None:
         except ImportError as error:
             raise ImportError(
                 "set_deform_kernel('detectron2') needs Detectron2's compiled part, detectron2._C, "
-                "which this installation lacks. Build Detectron2 from source, or keep 'torchvision'."
+                "which this installation lacks. Build Detectron2 from source or keep 'torchvision'."
             ) from error
     _kernel = name
 
@@ -149,9 +149,8 @@ class DeformConv2d(nn.Module):
             ValueError: for channels or sizes that do not fit, or tensors on different devices.
             TypeError: for types that are not floating, or float64 mixed with others.
         """
-        if not torch.jit.is_scripting():
-            if not torch.jit.is_tracing():
-                _check_inputs(self, x, offset, mask)
+        if not torch.jit.is_scripting() and not torch.jit.is_tracing():
+            _check_inputs(self, x, offset, mask)
         out = self._convolve(x, offset, mask)
         if self.norm is not None:
             out = self.norm(out)
@@ -166,9 +165,8 @@ class DeformConv2d(nn.Module):
         bias = self.bias
         if bias is not None:
             bias = bias.to(dtype)
-        if not torch.jit.is_scripting():
-            if _kernel == "detectron2" and x.is_cuda and not torch.jit.is_tracing():
-                return _detectron2_deform_conv(self, inputs, offset, mask, weight, bias).to(x.dtype)
+        if not torch.jit.is_scripting() and _uses_detectron2_kernel(x):
+            return _detectron2_deform_conv(self, inputs, offset, mask, weight, bias).to(x.dtype)
         out = deform_conv2d(
             inputs, offset, weight, bias, self.stride, self.padding, self.dilation, mask
         )
@@ -304,6 +302,10 @@ def _pair(value: Union[int, Tuple[int, int]]) -> Tuple[int, int]:
     return (value, value) if isinstance(value, int) else (int(value[0]), int(value[1]))
 
 
+def _uses_detectron2_kernel(x: Tensor) -> bool:
+    return _kernel == "detectron2" and x.is_cuda and not torch.jit.is_tracing()
+
+
 def _check_inputs(layer: DeformConv2d, x: Tensor, offset: Tensor, mask: Optional[Tensor]) -> None:
     if x.dim() != 4 or x.shape[1] != layer.in_channels:
         raise ValueError(
@@ -314,7 +316,7 @@ def _check_inputs(layer: DeformConv2d, x: Tensor, offset: Tensor, mask: Optional
     for name, tensor in [("weight", layer.weight), *zip(names, tensors)]:
         if tensor.device != x.device:
             raise ValueError(
-                f"DeformConv2d has x on {x.device} but {name} on {tensor.device}; bring both to one."
+                f"DeformConv2d has x on {x.device}, {name} on {tensor.device}; bring them to one."
             )
         is_double = (tensor.dtype == torch.float64, x.dtype == torch.float64)
         if not (tensor.is_floating_point() and x.is_floating_point()) or any(is_double) != all(
@@ -353,8 +355,8 @@ def _detectron2_deform_conv(
     for i, (first, second) in enumerate(window[:3]):
         if first != second:
             raise ValueError(
-                "Detectron2's modulated kernel takes the same stride, padding and dilation for both "
-                f"axes, got {window[:3]}. Call set_deform_kernel('torchvision')."
+                "Detectron2's modulated kernel takes the same stride, padding and dilation for "
+                f"both axes, got {window[:3]}. Call set_deform_kernel('torchvision')."
             )
         window[i] = first
     return d2_deform.modulated_deform_conv(

@@ -92,8 +92,10 @@ def choose_data(cfg: DictConfig, args: argparse.Namespace) -> None:
         FileNotFoundError, ValueError: see `register_from_arguments`.
     """
     has_own = any(getattr(args, name, None) for name in ("train_json", "val_json"))
-    is_explicit = any(o.startswith("model.num_classes=") for o in getattr(args, "opts", None) or [])
-    num_classes = OmegaConf.select(cfg, "model.num_classes")
+    # The first stage of a two-stage model does not know classes.
+    key = "model.roi_heads.num_classes" if "roi_heads" in cfg.model else "model.num_classes"
+    is_explicit = any(o.startswith(f"{key}=") for o in getattr(args, "opts", None) or [])
+    num_classes = OmegaConf.select(cfg, key)
     data = register_from_arguments(
         args,
         cfg.dataloader.train.dataset.names,
@@ -104,7 +106,7 @@ def choose_data(cfg: DictConfig, args: argparse.Namespace) -> None:
         cfg.dataloader.train.dataset.names = list(data.train)
         cfg.dataloader.test.dataset.names = list(data.val)
         if data.num_classes is not None:
-            cfg.model.num_classes = data.num_classes
+            OmegaConf.update(cfg, key, data.num_classes)
 
 
 def build_model(cfg: DictConfig) -> nn.Module:

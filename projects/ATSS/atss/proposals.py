@@ -102,7 +102,7 @@ class ProposalSelector:
         scores = torch.cat(scores_per_level, dim=1)  # (N, D)
         is_finite = torch.isfinite(boxes).all(dim=2) & torch.isfinite(scores)
         if training and not bool(is_finite.all()):
-            raise FloatingPointError("Predicted boxes or scores contain Inf/NaN: training diverged.")
+            raise FloatingPointError("Predicted boxes or scores are not finite: training diverged.")
         return [
             self._select(boxes[i][is_finite[i]], scores[i][is_finite[i]], image_size, training)
             for i, image_size in enumerate(image_sizes)
