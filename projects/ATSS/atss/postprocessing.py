@@ -143,7 +143,10 @@ def detect(
         candidates = Candidates(*(torch.cat(parts) for parts in zip(*levels)))
         boxes = Boxes(candidates.boxes + box_offset)
         boxes.clip(image_size)
-        candidates = candidates._replace(boxes=boxes.tensor)
+        # A box wholly outside has no area left: NMS would never remove it, and it would take the
+        # place of another among the best. (The authors' clipping leaves it a pixel.)
+        is_inside = boxes.nonempty()
+        candidates = Candidates(*(part[is_inside] for part in (boxes.tensor, *candidates[1:])))
         keep = suppress(candidates, nms_thresh, max_detections)
         result = Instances(image_size)
         result.pred_boxes = Boxes(candidates.boxes[keep])

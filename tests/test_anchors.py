@@ -1,0 +1,93 @@
+"""Axis 4: anchors and their lattice."""
+
+import pytest
+import torch
+from atss.anchors import AnchorGrid, GridAnchorGenerator, octave_sizes
+from conftest import STRIDES, golden_cases, golden_grid
+
+from detectron2.modeling.anchor_generator import DefaultAnchorGenerator
+
+
+def generator(**changes):
+    options = dict(sizes=octave_sizes(STRIDES), aspect_ratios=[1.0], strides=list(STRIDES))
+    return GridAnchorGenerator(**{**options, **changes})
+
+
+def features(height, width):
+    return [torch.zeros(1, 1, -(-height // s), -(-width // s)) for s in STRIDES]
+
+
+def test_anchors_are_those_of_the_authors_release_grown_by_half_a_pixel():
+    for case, fields in golden_cases("anchors"):
+        found = torch.cat([boxes.tensor for boxes in golden_grid(fields).boxes])
+        expected = torch.as_tensor(fields["anchors"]) + torch.tensor([-0.5, -0.5, 0.5, 0.5])
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+        if case["aspect_ratios"] == [1.0]:
+            sizes = octave_sizes(STRIDES, case["scale"], case["scales_per_octave"])
+            height, width = (int(v) for v in fields["image_size"])
+            padded = [32 * -(-v // 32) for v in (height, width)]
+            ours = torch.cat([b.tensor for b in generator(sizes=sizes)(features(*padded))])
+            torch.testing.assert_close(ours, expected, rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("offset", [0.0, 0.5])
+def test_generator_gives_detectron2s_anchors(offset):
+    options = dict(
+        sizes=octave_sizes(STRIDES, 4, 3), aspect_ratios=[0.5, 1.0, 2.0], strides=list(STRIDES)
+    )
+    ours = GridAnchorGenerator(**options, offset=offset)(features(160, 224))
+    theirs = DefaultAnchorGenerator(**options, offset=offset)(features(160, 224))
+    for mine, other in zip(ours, theirs):
+        torch.testing.assert_close(mine.tensor, other.tensor, rtol=0, atol=1e-4)
+
+
+def test_grid_has_the_boxes_that_forward_gives():
+    maps = features(96, 160)
+    grid = generator().grid(maps)
+    assert grid.grid_sizes == [tuple(f.shape[-2:]) for f in maps]
+    for mine, other in zip(grid.boxes, generator()(maps)):
+        assert torch.equal(mine.tensor, other.tensor)
+    assert grid.num_anchors_per_level == [len(boxes) for boxes in grid.boxes]
+
+
+def test_traced_anchors_follow_the_size_of_the_features():
+    class Anchors(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.generator = generator(sizes=[[64.0]], strides=[8])
+
+        def forward(self, feature):
+            return self.generator([feature])[0].tensor
+
+    traced = torch.jit.trace(Anchors(), torch.zeros(1, 1, 2, 3))
+    assert torch.equal(traced(torch.zeros(1, 1, 5, 4)), Anchors()(torch.zeros(1, 1, 5, 4)))
+
+
+def test_octaves_multiply_by_two_to_the_fraction():
+    assert octave_sizes([8], 4, 3)[0] == pytest.approx([32, 32 * 2 ** (1 / 3), 32 * 2 ** (2 / 3)])
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"sizes": [[-1.0]]}, "sizes must be positive"),
+        ({"aspect_ratios": [0.0]}, "aspect_ratios must be positive"),
+        ({"strides": [8, 16, 32, 64, 0]}, "strides must be positive"),
+        ({"offset": 1.0}, r"offset must be in \[0, 1\), got 1.0"),
+        ({"sizes": [[1.0], [1.0], [1.0], [1.0], [1.0, 2.0]]}, "same number of anchors"),
+    ],
+)
+def test_generator_refuses_what_makes_no_anchors(changes, words):
+    with pytest.raises(ValueError, match=words):
+        generator(**changes)
+
+
+def test_wrong_numbers_of_levels_are_named():
+    with pytest.raises(ValueError, match="got 1, 2 and 1"):
+        AnchorGrid([(1, 1)], [8, 16], [torch.zeros(1, 4)])
+    with pytest.raises(ValueError, match="one shape"):
+        AnchorGrid([(1, 1)], [8], [torch.zeros(1, 3)])
+    with pytest.raises(ValueError, match="5 strides .* got 2 feature maps"):
+        generator()(features(64, 64)[:2])
+    with pytest.raises(ValueError, match="positive"):
+        octave_sizes([8], scale=0)
