@@ -165,8 +165,10 @@ class DeformConv2d(nn.Module):
         bias = self.bias
         if bias is not None:
             bias = bias.to(dtype)
-        if not torch.jit.is_scripting() and _uses_detectron2_kernel(x):
-            return _detectron2_deform_conv(self, inputs, offset, mask, weight, bias).to(x.dtype)
+        if not torch.jit.is_scripting():
+            is_detectron2 = _kernel == "detectron2" and x.is_cuda and not torch.jit.is_tracing()
+            if is_detectron2:
+                return _detectron2_deform_conv(self, inputs, offset, mask, weight, bias).to(x.dtype)
         out = deform_conv2d(
             inputs, offset, weight, bias, self.stride, self.padding, self.dilation, mask
         )
@@ -300,10 +302,6 @@ def _from_detectron2(layer: nn.Module) -> DeformConv2d:
 
 def _pair(value: Union[int, Tuple[int, int]]) -> Tuple[int, int]:
     return (value, value) if isinstance(value, int) else (int(value[0]), int(value[1]))
-
-
-def _uses_detectron2_kernel(x: Tensor) -> bool:
-    return _kernel == "detectron2" and x.is_cuda and not torch.jit.is_tracing()
 
 
 def _check_inputs(layer: DeformConv2d, x: Tensor, offset: Tensor, mask: Optional[Tensor]) -> None:
