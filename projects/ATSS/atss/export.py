@@ -294,7 +294,7 @@ def export_onnx(
 
 
 def _stable_sort():
-    """`aten.sort.stable` in ONNX: TopK of everything, which puts the smaller index first in ties."""
+    """`aten.sort.stable` in ONNX: TopK of everything; ties: smaller index first."""
     from onnxscript import opset18 as op
 
     def sort_stable(self, stable=None, dim: int = -1, descending: bool = False):
@@ -305,7 +305,9 @@ def _stable_sort():
 
 
 @torch.no_grad()
-def spread_scores(model: ATSSDetector, size: Tuple[int, int] = (256, 320), std: float = 2.0) -> None:
+def spread_scores(
+    model: ATSSDetector, size: Tuple[int, int] = (256, 320), std: float = 2.0
+) -> None:
     """Make a model of random weights worth checking: scores spread instead of all being the prior.
 
     Scales the predictors in place, so that on noise class logits have mean -4 and the given
@@ -356,7 +358,9 @@ class CheckRow(NamedTuple):
 
 
 @torch.no_grad()
-def compare_with_eager(model: ATSSDetector, run, sizes: Sequence[Tuple[int, int]]) -> List[CheckRow]:
+def compare_with_eager(
+    model: ATSSDetector, run, sizes: Sequence[Tuple[int, int]]
+) -> List[CheckRow]:
     """Run an exported detector beside the eager one.
 
     Args:
