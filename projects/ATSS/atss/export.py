@@ -95,7 +95,7 @@ class ExportableDetector(nn.Module):
         features = self.model.backbone(_normalize_and_pad(self.model, images))
         feature_list = [features[name] for name in core.in_features]
         logits, deltas, centerness = core.head(feature_list)
-        anchors = [level.tensor for level in core.anchor_generator(feature_list)]
+        anchors = core.anchor_generator._grid_anchors(feature_list)  # 0.5's `Boxes` freezes the device
         num_anchors = core.anchor_generator.num_anchors[0]
         logits = [flatten_level(level, num_anchors) for level in logits]
         deltas = [flatten_level(level, num_anchors) for level in deltas]
@@ -158,7 +158,7 @@ class RawHeads(nn.Module):
         feature_list = [features[name] for name in core.in_features]
         logits, deltas, centerness = core.head(feature_list)
         num_anchors = core.anchor_generator.num_anchors[0]
-        anchors = torch.cat([level.tensor for level in core.anchor_generator(feature_list)])
+        anchors = torch.cat(core.anchor_generator._grid_anchors(feature_list))
         logits = torch.cat([flatten_level(level, num_anchors) for level in logits], dim=1)
         deltas = torch.cat([flatten_level(level, num_anchors) for level in deltas], dim=1)
         decode = core.box2box_transform.apply_deltas
