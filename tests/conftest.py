@@ -84,14 +84,14 @@ def tiny_detector(**changes):
     """A detector that runs in milliseconds; parts can be replaced by keyword."""
     num_classes = changes.pop("num_classes", 3)
     transform = changes.pop("box2box_transform", Box2BoxTransform((10.0, 10.0, 5.0, 5.0)))
-    head = dict(in_channels=32, num_classes=num_classes, num_convs=1)
+    head = dict(in_channels=64, num_classes=num_classes, num_convs=1)
     head.update(changes.pop("head", {}))
     loss = dict(centerness=head.get("centerness", True))
     loss.update(changes.pop("loss", {}))
     parts = dict(
         backbone=resnet_fpn(
             depth=18, norm="GN", freeze_at=0, stem_out_channels=32, res2_out_channels=32,
-            out_channels=32,
+            out_channels=64,
         ),
         head=ATSSHead(**head),
         anchor_generator=GridAnchorGenerator(

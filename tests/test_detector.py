@@ -1,0 +1,274 @@
+"""The whole model: training step, inference, errors, and its assembly from YAML."""
+
+import itertools
+
+import pytest
+import torch
+from atss import ATSS, ATSSDetector, add_atss_config
+from atss.anchors import GridAnchorGenerator, octave_sizes
+from atss.box_regression import Box2BoxTransform, PointToBoxTransform
+from atss.losses import DenseLoss
+from conftest import STRIDES, make_input, tiny_detector
+
+from detectron2.config import get_cfg
+from detectron2.modeling import build_model
+from detectron2.utils.events import EventStorage
+
+BOXES = [[8.0, 8, 40, 48], [50, 10, 90, 40]]
+
+
+def gradients_are_finite(model):
+    return all(
+        p.grad is not None and p.grad.isfinite().all()
+        for p in model.parameters()
+        if p.requires_grad
+    )
+
+
+@pytest.mark.parametrize("batch", ["objects", "one image empty", "all images empty"])
+def test_every_trainable_parameter_gets_a_finite_gradient_from_every_batch(batch):
+    model = tiny_detector()
+    full, empty = make_input(boxes=BOXES, classes=[0, 2]), make_input()
+    inputs = {
+        "objects": [full, full], "one image empty": [full, empty], "all images empty": [empty] * 2
+    }[batch]  # fmt: skip
+    losses = model(inputs)
+    assert set(losses) == {"loss_cls", "loss_box_reg", "loss_centerness"}
+    assert all(value.isfinite() for value in losses.values())
+    sum(losses.values()).backward()
+    assert gradients_are_finite(model)
+
+
+@pytest.mark.parametrize(
+    "norm, box_loss, with_centerness, level_scales",
+    itertools.product(["GN", ""], ["giou", "smooth_l1"], [True, False], [True, False]),
+)
+def test_improvements_are_independent_switches(norm, box_loss, with_centerness, level_scales):
+    model = tiny_detector(
+        head=dict(norm=norm, centerness=with_centerness, level_scales=level_scales),
+        loss=dict(box_loss=box_loss),
+    )
+    losses = model([make_input(boxes=BOXES, classes=[0, 2]), make_input()])
+    assert ("loss_centerness" in losses) == with_centerness
+    sum(losses.values()).backward()
+    assert gradients_are_finite(model)
+
+
+def test_losses_of_a_batch_are_those_of_its_images_summed_by_hand():
+    model = tiny_detector()
+    batch = [make_input(boxes=BOXES, classes=[0, 2]), make_input(boxes=BOXES[:1], classes=[1])]
+    together = model(batch)
+    alone = [model([inputs]) for inputs in batch]
+    core = model.proposal_generator
+    positives, centers = [], []
+    for inputs in batch:
+        images = model.preprocess_image([inputs])
+        features = [model.backbone(images.tensor)[name] for name in core.in_features]
+        anchors = core.anchor_generator.grid(features)
+        from atss.targets import centerness_targets, label_anchors
+
+        targets = label_anchors(core.assigner, anchors, [inputs["instances"]], 3)
+        positive = targets.labels[0] < 3
+        all_anchors = torch.cat([b.tensor for b in anchors.boxes])
+        positives.append(float(positive.sum()))
+        centers.append(
+            float(centerness_targets(all_anchors[positive], targets.boxes[0][positive]).sum())
+        )
+    for name, weights in (
+        ("loss_cls", positives), ("loss_centerness", positives), ("loss_box_reg", centers)
+    ):  # fmt: skip
+        expected = sum(w * l[name].item() for w, l in zip(weights, alone)) / sum(weights)
+        assert together[name].item() == pytest.approx(expected, rel=1e-4), name
+
+
+def test_detections_of_a_batch_are_those_of_its_images():
+    model = tiny_detector().eval()
+    torch.nn.init.normal_(model.proposal_generator.head.cls_logits.weight, std=0.5)
+    batch = [make_input(64, 96), make_input(64, 96)]
+    with torch.no_grad():
+        together = model(batch)
+        for found, inputs in zip(together, batch):
+            (alone,) = model([inputs])
+            ours, theirs = found["instances"], alone["instances"]
+            assert len(ours) == len(theirs) > 0
+            torch.testing.assert_close(ours.pred_boxes.tensor, theirs.pred_boxes.tensor)
+
+
+def test_detections_come_in_the_size_that_was_asked_for():
+    model = tiny_detector().eval()
+    torch.nn.init.normal_(model.proposal_generator.head.cls_logits.weight, std=0.5)
+    inputs = make_input(64, 96)
+    with torch.no_grad():
+        plain = model([inputs])[0]["instances"]
+        doubled = model([{**inputs, "height": 128, "width": 192}])[0]["instances"]
+    assert doubled.image_size == (128, 192)
+    torch.testing.assert_close(doubled.pred_boxes.tensor, 2 * plain.pred_boxes.tensor)
+
+
+def test_two_images_overfit_in_fifty_steps():
+    model = tiny_detector()
+    batch = [make_input(boxes=BOXES, classes=[0, 2]), make_input(boxes=BOXES[1:], classes=[1])]
+    optimizer = torch.optim.Adam(model.parameters(), 2e-3)
+    totals = []
+    for _ in range(50):
+        total = sum(model(batch).values())
+        optimizer.zero_grad()
+        total.backward()
+        optimizer.step()
+        totals.append(total.item())
+    assert sum(totals[-5:]) < 0.6 * sum(totals[:5])
+
+
+def test_training_under_bfloat16_autocast_stays_near_float32():
+    model = tiny_detector()
+    batch = [make_input(boxes=BOXES, classes=[0, 2])]
+    full = model(batch)
+    with torch.autocast("cpu", torch.bfloat16):
+        half = model(batch)
+    for name, value in full.items():
+        torch.testing.assert_close(half[name], value, rtol=0.05, atol=0.02)
+
+
+@pytest.mark.parametrize(
+    "boxes, classes, words",
+    [
+        ([[8.0, 8, float("nan"), 40]], [0], r"box 0 of image 7 is \[8.0, 8.0, nan, 40.0\]"),
+        ([[8.0, 8, 40, 40], [40, 8, 8, 40]], [0, 0], "box 1 of image 7.*x1 <= x2"),
+        ([[8.0, 8, 40, float("inf")]], [0], "finite"),
+        ([[8.0, 8, 40, 40]], [3], r"Object 0 of image 7 has class 3, .* 3 classes \(0 to 2\)"),
+        ([[8.0, 8, 40, 40]], [-1], "class -1"),
+    ],
+)
+def test_broken_ground_truth_is_named(boxes, classes, words):
+    inputs = {**make_input(boxes=boxes, classes=classes), "image_id": 7}
+    with pytest.raises(ValueError, match=words):
+        tiny_detector()([inputs])
+
+
+def test_training_without_ground_truth_is_named():
+    inputs = make_input()
+    del inputs["instances"]
+    with pytest.raises(ValueError, match="has no 'instances'"):
+        tiny_detector()([inputs])
+
+
+def test_strides_that_do_not_fit_the_features_are_named():
+    wrong = GridAnchorGenerator(
+        sizes=octave_sizes(STRIDES), aspect_ratios=[1.0], strides=[8, 16, 32, 64, 64]
+    )
+    with pytest.raises(ValueError, match="Feature p7 is 1x2 for an input .* stride 64"):
+        tiny_detector(anchor_generator=wrong)([make_input(128, 160, BOXES, [0, 1])])
+
+
+def test_missing_feature_is_named_with_those_there_are():
+    model = tiny_detector(in_features=["p3", "p4", "p5", "p6", "p8"])
+    with pytest.raises(ValueError, match=r"p8'\], but the backbone gives \['p3'"):
+        model([make_input()])
+
+
+def test_point_regression_from_several_anchors_says_what_to_change():
+    nine = GridAnchorGenerator(
+        sizes=octave_sizes(STRIDES, 4, 3), aspect_ratios=[0.5, 1.0, 2.0], strides=list(STRIDES)
+    )
+    with pytest.raises(ValueError, match="num_anchors=9.*anchor_generator one size and one ratio"):
+        tiny_detector(
+            anchor_generator=nine, head=dict(num_anchors=9), box2box_transform=PointToBoxTransform()
+        )
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"head": dict(num_anchors=2)}, "head.num_anchors is 2, but needs 1"),
+        ({"head": dict(num_classes=4)}, "head.num_classes is 4, but needs 3"),
+        ({"head": dict(num_levels=4)}, "head.num_levels is 4, but needs 5"),
+        ({"loss": dict(centerness=False)}, "loss.centerness is False, but needs True"),
+    ],
+)
+def test_parts_that_do_not_fit_each_other_are_named(changes, words):
+    with pytest.raises(ValueError, match=words):
+        tiny_detector(**changes)
+
+
+def test_means_and_deviations_need_as_many_channels():
+    with pytest.raises(ValueError, match="3 channels, pixel_std 1"):
+        tiny_detector(pixel_std=[1.0])
+
+
+def test_statistics_are_logged_when_asked_for():
+    model = tiny_detector(stats_period=1)
+    with EventStorage(0) as storage:
+        model([make_input(boxes=[*BOXES, [10, 10, 11, 11]], classes=[0, 2, 1])])
+        latest = storage.latest()
+    assert latest["atss/positives_per_image"][0] > 0
+    assert latest["atss/objects_without_positives"][0] == 1
+
+
+def test_training_is_drawn_into_the_storage_when_asked_for():
+    model = tiny_detector(vis_period=1)
+    with EventStorage(0) as storage:
+        model([make_input(boxes=BOXES, classes=[0, 2])])
+        assert len(storage._vis_data) == 1
+
+
+def tiny_yaml():
+    cfg = get_cfg()
+    add_atss_config(cfg)
+    cfg.MODEL.META_ARCHITECTURE = "ATSSDetector"
+    cfg.MODEL.BACKBONE.NAME = "build_atss_resnet_fpn_backbone"
+    cfg.MODEL.RESNETS.DEPTH = 18
+    cfg.MODEL.RESNETS.RES2_OUT_CHANNELS = 32
+    cfg.MODEL.RESNETS.STEM_OUT_CHANNELS = 32
+    cfg.MODEL.FPN.OUT_CHANNELS = 64
+    cfg.MODEL.ANCHOR_GENERATOR.NAME = "GridAnchorGenerator"
+    cfg.MODEL.ANCHOR_GENERATOR.SIZES = [[64], [128], [256], [512], [1024]]
+    cfg.MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS = [[1.0]]
+    cfg.MODEL.ATSS.NUM_CLASSES = 3
+    cfg.MODEL.DEVICE = "cpu"
+    return cfg
+
+
+def test_yaml_builds_registered_parts_with_its_values():
+    cfg = tiny_yaml()
+    cfg.MODEL.ATSS.ASSIGNER.TOPK = 5
+    cfg.MODEL.ATSS.BOX2BOX_TRANSFORM.NAME = "PointToBoxTransform"
+    cfg.MODEL.ATSS.HEAD.CENTERNESS = False
+    model = build_model(cfg)
+    core = model.proposal_generator
+    assert isinstance(model, ATSSDetector) and isinstance(core, ATSS)
+    assert core.assigner.topk == 5
+    assert isinstance(core.loss.box2box_transform, PointToBoxTransform)
+    assert (core.head.bbox_pred.bias == 4).all() and not core.loss.centerness
+    assert set(model([make_input(boxes=BOXES, classes=[0, 2])])) == {"loss_cls", "loss_box_reg"}
+
+
+@pytest.mark.parametrize(
+    "key, value, words",
+    [
+        ("ASSIGNER.NAME", "MaxIoU", r"ASSIGNER.NAME 'MaxIoU'; known are \['ATSSAssigner'"),
+        ("BOX2BOX_TRANSFORM.NAME", "Linear", "known are .*PointToBoxTransform"),
+        ("HEAD.NAME", "Head", "known are .*ATSSHead"),
+        ("HEAD.NORM", "XN", "Unknown norm 'XN'"),
+        ("LOSS.BOX_LOSS", "ciou", "'ciou'.*smooth_l1"),
+        ("ASSIGNER.TOPK", 0, "topk >= 1, got 0"),
+        ("ASSIGNER.THRESHOLDS", (0.4, 0.5), r"\['THRESHOLDS'\], which ATSSAssigner does not take"),
+        ("IN_FEATURES", ["p2", "p3"], r"names \['p2'\], but the backbone gives"),
+    ],
+)
+def test_yaml_values_that_mean_nothing_are_named(key, value, words):
+    cfg = tiny_yaml()
+    node = cfg.MODEL.ATSS
+    *path, last = key.split(".")
+    for name in path:
+        node = node[name]
+    node[last] = value
+    with pytest.raises(ValueError, match=words):
+        build_model(cfg)
+
+
+def test_loss_and_detector_may_share_a_transform_of_any_axis():
+    for transform in (Box2BoxTransform((10.0, 10.0, 5.0, 5.0)), PointToBoxTransform()):
+        model = tiny_detector(box2box_transform=transform)
+        assert isinstance(model.proposal_generator.loss, DenseLoss)
+        losses = model([make_input(boxes=BOXES, classes=[0, 2])])
+        assert losses["loss_box_reg"] > 0
