@@ -95,7 +95,8 @@ class ExportableDetector(nn.Module):
         features = self.model.backbone(_normalize_and_pad(self.model, images))
         feature_list = [features[name] for name in core.in_features]
         logits, deltas, centerness = core.head(feature_list)
-        anchors = core.anchor_generator._grid_anchors(feature_list)  # 0.5's `Boxes` freezes the device
+        # Not the generator's `Boxes`: those of Detectron2 0.5 freeze the device into a trace.
+        anchors = core.anchor_generator._grid_anchors(feature_list)
         num_anchors = core.anchor_generator.num_anchors[0]
         logits = [flatten_level(level, num_anchors) for level in logits]
         deltas = [flatten_level(level, num_anchors) for level in deltas]
