@@ -1,0 +1,114 @@
+import pytest
+import torch
+from atss.backbone import DeformBottleneckBlock, resnet_fpn
+from atss.layers import DeformConv2d
+from atss.model_zoo import get_config
+from atss.yaml_config import load_yaml_config
+from conftest import REPO, make_input
+
+from detectron2.config import instantiate
+from detectron2.modeling import build_backbone
+from detectron2.modeling.backbone import resnet
+
+THIN = dict(
+    norm="GN", freeze_at=0, width_per_group=32, stem_out_channels=32, res2_out_channels=32,
+    out_channels=32,
+)  # fmt: skip
+OPTIONS = dict(bottleneck_channels=8, stride=2, norm="BN", num_groups=2)
+
+
+@pytest.mark.parametrize("modulated, groups", [(True, 1), (False, 2)])
+def test_block_has_the_parameters_of_detectron2s(modulated, groups):
+    options = dict(deform_modulated=modulated, deform_num_groups=groups, **OPTIONS)
+    try:
+        theirs = resnet.DeformBottleneckBlock(16, 32, **options)
+    except ImportError:
+        pytest.skip("this Detectron2 has no compiled part, so it has no deformable block")
+    ours = DeformBottleneckBlock(16, 32, **options)
+    shapes = [{k: tuple(v.shape) for k, v in m.state_dict().items()} for m in (ours, theirs)]
+    assert shapes[0] == shapes[1]
+
+
+def test_block_computes_what_detectron2s_computes_from_its_weights():
+    try:
+        theirs = resnet.DeformBottleneckBlock(16, 32, deform_modulated=False, **OPTIONS).eval()
+    except ImportError:
+        pytest.skip("this Detectron2 has no compiled part, so it has no deformable block")
+    torch.nn.init.normal_(theirs.conv2_offset.weight)
+    ours = DeformBottleneckBlock(16, 32, deform_modulated=False, **OPTIONS).eval()
+    ours.load_state_dict(theirs.state_dict())
+    x = torch.randn(1, 16, 9, 8)
+    torch.testing.assert_close(ours(x), theirs(x))
+
+
+def test_block_starts_as_the_ordinary_one_because_its_offsets_are_zero():
+    block = DeformBottleneckBlock(16, 32, deform_modulated=False, **OPTIONS).eval()
+    plain = resnet.BottleneckBlock(16, 32, **OPTIONS).eval()
+    weights = block.state_dict()
+    assert weights.pop("conv2_offset.weight").abs().sum() == 0
+    assert weights.pop("conv2_offset.bias").abs().sum() == 0
+    plain.load_state_dict(weights)
+    x = torch.randn(1, 16, 9, 8)
+    torch.testing.assert_close(block(x), plain(x))
+
+
+def test_only_the_stages_asked_for_are_deformable_and_they_learn():
+    model = resnet_fpn(depth=50, deform_on_per_stage=(False, False, True, True), **THIN)
+    for name, is_deformable in (("res2", 0), ("res3", 0), ("res4", 1), ("res5", 1)):
+        blocks = getattr(model.bottom_up, name)
+        assert [isinstance(b.conv2, DeformConv2d) for b in blocks] == [is_deformable] * len(blocks)
+    sum(f.square().mean() for f in model(torch.randn(2, 3, 64, 64)).values()).backward()
+    for block in model.bottom_up.res4:
+        assert block.conv2_offset.weight.grad.abs().sum() > 0
+
+
+def test_p2_comes_with_res2_and_leaves_the_other_levels_alone():
+    shapes = resnet_fpn(depth=18, in_features=("res2", "res3", "res4", "res5"), **THIN)
+    strides = {name: shape.stride for name, shape in shapes.output_shape().items()}
+    assert strides == {"p2": 4, "p3": 8, "p4": 16, "p5": 32, "p6": 64, "p7": 128}
+    assert "p2" not in resnet_fpn(depth=18, **THIN).output_shape()
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (dict(depth=50, deform_on_per_stage=(True, True)), r"each of res2 to res5.*\[True, True\]"),
+        (dict(depth=18, deform_on_per_stage=(False, False, False, True)), "below depth 50"),
+        (dict(depth=50, in_features=("res2", "res4")), r"consecutive stages.*\['res2', 'res4'\]"),
+    ],
+)
+def test_stages_that_do_not_fit_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        resnet_fpn(**options, **THIN)
+
+
+def test_yaml_dcn_backbone_has_the_parameters_of_its_python_twin():
+    name = "atss_dcnv2_R_50_FPN_1x"
+    cfg = load_yaml_config(str(REPO / "configs" / "coco" / f"{name}.yaml"))
+    lazy = instantiate(get_config(name).model.backbone)
+    shapes = [
+        {k: tuple(v.shape) for k, v in m.state_dict().items()} for m in (build_backbone(cfg), lazy)
+    ]
+    assert shapes[0] == shapes[1]
+    assert shapes[0]["bottom_up.res3.0.conv2_offset.weight"] == (27, 128, 3, 3)
+    assert "bottom_up.res2.0.conv2_offset.weight" not in shapes[0]
+
+
+def test_dcn_toy_learns_two_images_on_the_cpu():
+    config = get_config("toy/atss_dcn_toy").model
+    model = instantiate(config).train()
+    batch = [
+        make_input(64, 96, [[8.0, 8, 40, 48]], [1]),
+        make_input(64, 96, [[20, 4, 60, 60]], [2]),
+    ]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    totals = []
+    for _ in range(15):
+        total = sum(model(batch).values())
+        optimizer.zero_grad()
+        total.backward()
+        optimizer.step()
+        totals.append(total.item())
+    assert totals[-1] < 0.8 * totals[0]
+    offset = model.proposal_generator.head.cls_tower[-3].conv_offset
+    assert offset.weight.grad.abs().sum() > 0

@@ -1,0 +1,208 @@
+"""ATSS as the first stage of Detectron2's two-stage detectors, from LazyConfig and from YAML."""
+
+import pytest
+import torch
+from atss import ATSS, ATSSDetector
+from atss.model_zoo import get_config
+from atss.yaml_config import load_yaml_config
+from conftest import REPO, make_input
+
+from detectron2.config import instantiate
+from detectron2.modeling import build_model
+from detectron2.modeling.meta_arch import ProposalNetwork
+from detectron2.structures import PolygonMasks
+from detectron2.utils.events import EventStorage
+
+RPN_LOSSES = {"loss_rpn_cls", "loss_rpn_box_reg", "loss_rpn_centerness"}
+ROI_LOSSES = {
+    "faster": {"loss_cls", "loss_box_reg"},
+    "mask": {"loss_cls", "loss_box_reg", "loss_mask"},
+    "cascade": {f"loss_{kind}_stage{i}" for kind in ("cls", "box_reg") for i in range(3)},
+}
+
+
+@pytest.fixture(autouse=True)
+def event_storage():
+    """Detectron2's ROI heads log while they train."""
+    with EventStorage():
+        yield
+
+
+def lazy_model(kind):
+    if kind != "cascade":
+        return instantiate(get_config(f"toy/{kind}_rcnn_atss_toy").model)
+    config = get_config("coco/cascade_rcnn_atss_R_50_FPN_1x").model
+    config.backbone.depth = 18
+    config.backbone.update(norm="BN", freeze_at=0, stem_out_channels=32, res2_out_channels=32)
+    config.backbone.out_channels = 64
+    config.roi_heads.num_classes = 6
+    for head, predictor in zip(config.roi_heads.box_heads, config.roi_heads.box_predictors):
+        head.input_shape.channels = 64
+        head.fc_dims = [32, 32]
+        predictor.input_shape.channels = 32
+    return instantiate(config)
+
+
+def yaml_config(kind):
+    file = f"toy/{'faster' if kind == 'cascade' else kind}_rcnn_atss_toy.yaml"
+    cfg = load_yaml_config(str(REPO / "configs" / file))
+    if kind == "cascade":
+        cfg.MODEL.ROI_HEADS.NAME = "CascadeROIHeads"
+        cfg.MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG = True
+    cfg.MODEL.DEVICE = "cpu"
+    return cfg
+
+
+def inputs_of(kind):
+    boxes = [[[8.0, 8, 40, 48], [50, 10, 90, 60]], [[20.0, 4, 60, 60]]]
+    batch = [make_input(64, 96, b, list(range(len(b)))) for b in boxes]
+    if kind == "mask":
+        for inputs in batch:
+            inputs["instances"].gt_masks = PolygonMasks(
+                [
+                    [torch.stack([b[[0, 1]], b[[2, 1]], b[[2, 3]], b[[0, 3]]]).view(-1).numpy()]
+                    for b in inputs["instances"].gt_boxes.tensor
+                ]
+            )
+    return batch
+
+
+def make_model(kind, source):
+    torch.manual_seed(0)
+    return lazy_model(kind) if source == "lazy" else build_model(yaml_config(kind))
+
+
+@pytest.mark.parametrize("source", ["lazy", "yaml"])
+@pytest.mark.parametrize("kind", ["faster", "mask", "cascade"])
+def test_training_step_has_the_losses_of_both_stages_and_gradients_reach_both(kind, source):
+    model = make_model(kind, source).train()
+    losses = model(inputs_of(kind))
+
+    assert set(losses) == RPN_LOSSES | ROI_LOSSES[kind]
+    assert all(torch.isfinite(loss) for loss in losses.values())
+    sum(losses.values()).backward()
+    first, second = model.proposal_generator.head, model.roi_heads
+    assert first.cls_logits.weight.grad.abs().sum() > 0
+    assert first.bbox_pred.weight.grad.abs().sum() > 0
+    for name, parameter in second.named_parameters():
+        assert parameter.grad is not None and torch.isfinite(parameter.grad).all(), name
+    assert max(p.grad.abs().max() for p in second.parameters()) > 0
+    for stage in ("fpn_output2", "fpn_output3"):  # for the second stage only, for both
+        assert getattr(model.backbone, stage).weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("kind", ["faster", "mask", "cascade"])
+def test_inference_gives_detections_in_the_size_asked_for(kind):
+    model = make_model(kind, "lazy").eval()
+    for module in model.modules():  # an untrained predictor is not sure of anything
+        if hasattr(module, "test_score_thresh"):
+            module.test_score_thresh = 0.0
+    with torch.no_grad():
+        results = model([{"image": torch.rand(3, 64, 96) * 255, "height": 128, "width": 192}])
+    instances = results[0]["instances"]
+    assert instances.image_size == (128, 192) and 0 < len(instances) <= 100
+    assert instances.has("pred_masks") == (kind == "mask")
+    if kind == "mask":
+        assert instances.pred_masks.shape[1:] == (128, 192)
+
+
+def test_losses_of_the_first_stage_are_those_of_a_one_class_detector():
+    model = make_model("faster", "lazy").train()
+    core = model.proposal_generator
+    images = model.preprocess_image(inputs_of("faster"))
+    instances = [x["instances"] for x in inputs_of("faster")]
+    features = model.backbone(images.tensor)
+    proposals, losses = core(images, features, instances)
+    selector, core.proposal_selector = core.proposal_selector, None
+    nothing, plain = core(images, features, instances)
+    core.proposal_selector = selector
+
+    assert nothing == [] and len(proposals) == 2
+    assert {name.replace("loss_rpn_", "loss_") for name in losses} == set(plain)
+    for name, loss in plain.items():
+        torch.testing.assert_close(losses[name.replace("loss_", "loss_rpn_")], loss)
+    for result in proposals:
+        assert set(result.get_fields()) == {"proposal_boxes", "objectness_logits"}
+        assert 0 < len(result) <= 300
+        assert not result.proposal_boxes.tensor.requires_grad
+        assert (result.objectness_logits.diff() <= 0).all()
+
+
+def test_classes_of_the_ground_truth_do_not_matter_to_the_first_stage():
+    model = make_model("faster", "lazy").train()
+    images = model.preprocess_image(inputs_of("faster"))
+    features = model.backbone(images.tensor)
+    instances = [x["instances"] for x in inputs_of("faster")]
+    _, expected = model.proposal_generator(images, features, instances)
+    for i in instances:
+        i.gt_classes += 3
+    _, losses = model.proposal_generator(images, features, instances)
+    assert {k: v.item() for k, v in losses.items()} == {k: v.item() for k, v in expected.items()}
+
+
+def test_images_without_objects_train_every_parameter_of_both_stages():
+    model = make_model("faster", "lazy").train()
+    losses = model([make_input(64, 96), make_input(64, 96)])
+    sum(losses.values()).backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None and torch.isfinite(parameter.grad).all(), name
+
+
+def test_proposal_network_gives_proposals_and_prefixed_losses():
+    cfg = yaml_config("faster")
+    cfg.MODEL.META_ARCHITECTURE = "ProposalNetwork"
+    model = build_model(cfg)
+    assert isinstance(model, ProposalNetwork)
+    assert set(model.train()(inputs_of("faster"))) == RPN_LOSSES
+    with torch.no_grad():
+        results = model.eval()([{"image": torch.rand(3, 64, 96), "height": 64, "width": 96}])
+    assert results[0]["proposals"].has("proposal_boxes")
+
+
+def test_yaml_reads_the_numbers_of_rpn_and_one_class_whatever_num_classes_says():
+    cfg = yaml_config("faster")
+    cfg.MODEL.RPN.PRE_NMS_TOPK_TRAIN, cfg.MODEL.RPN.PRE_NMS_TOPK_TEST = 11, 12
+    cfg.MODEL.RPN.POST_NMS_TOPK_TRAIN, cfg.MODEL.RPN.POST_NMS_TOPK_TEST = 7, 8
+    cfg.MODEL.RPN.NMS_THRESH = 0.65
+    cfg.MODEL.PROPOSAL_GENERATOR.MIN_SIZE = 3
+    core = build_model(cfg).proposal_generator
+    assert isinstance(core, ATSS) and core.num_classes == core.head.num_classes == 1
+    selector = core.proposal_selector
+    assert (selector.pre_nms_topk, selector.post_nms_topk) == ((11, 12), (7, 8))
+    assert (selector.nms_thresh, selector.min_box_size) == (0.65, 3)
+
+
+def test_the_one_stage_detector_stays_one():
+    cfg = load_yaml_config(str(REPO / "configs" / "toy" / "atss_toy.yaml"))
+    cfg.MODEL.DEVICE = "cpu"
+    model = build_model(cfg)
+    assert isinstance(model, ATSSDetector)
+    assert model.proposal_generator.proposal_selector is None
+    assert model.proposal_generator.num_classes == 6
+
+
+def test_features_that_the_backbone_lacks_are_refused_with_those_it_has():
+    cfg = yaml_config("faster")
+    cfg.MODEL.ATSS.IN_FEATURES = ["p3", "p4", "p5", "p6", "p8"]
+    with pytest.raises(ValueError, match=r"\['p8'\].*gives \['p2', 'p3', 'p4', 'p5', 'p6', 'p7'\]"):
+        build_model(cfg)
+    model = make_model("faster", "lazy")
+    model.proposal_generator.in_features = ("p3", "p4", "p5", "p6", "p8")
+    with pytest.raises(ValueError, match=r"gives \['p2', 'p3', 'p4', 'p5', 'p6', 'p7'\]"):
+        model(inputs_of("faster"))
+
+
+def test_first_stage_with_classes_is_refused():
+    config = get_config("toy/faster_rcnn_atss_toy").model
+    config.proposal_generator.num_classes = 6
+    with pytest.raises(ValueError, match="num_classes=1, got 6"):
+        instantiate(config)
+
+
+@pytest.mark.parametrize("kind", ["faster", "mask"])
+def test_yaml_and_python_toys_build_the_same_model(kind):
+    shapes = [
+        {name: tuple(value.shape) for name, value in make_model(kind, source).state_dict().items()}
+        for source in ("lazy", "yaml")
+    ]
+    assert shapes[0] == shapes[1]
