@@ -1,6 +1,9 @@
+import io
+
 import pytest
 import torch
 from atss.backbone import DeformBottleneckBlock, resnet_fpn
+from atss.head import ATSSHead
 from atss.layers import DeformConv2d
 from atss.model_zoo import get_config
 from atss.yaml_config import load_yaml_config
@@ -60,6 +63,24 @@ def test_only_the_stages_asked_for_are_deformable_and_they_learn():
     sum(f.square().mean() for f in model(torch.randn(2, 3, 64, 64)).values()).backward()
     for block in model.bottom_up.res4:
         assert block.conv2_offset.weight.grad.abs().sum() > 0
+
+
+def test_traced_deformable_model_saves_loads_and_agrees_on_another_size():
+    backbone = resnet_fpn(depth=50, deform_on_per_stage=(False, True, True, True), **THIN)
+    head = ATSSHead(32, num_classes=3, num_convs=2, norm="", deformable=True)
+    for block in backbone.bottom_up.res4:
+        torch.nn.init.normal_(block.conv2_offset.weight, std=0.1)
+    model = torch.nn.ModuleList((backbone, head)).eval().requires_grad_(False)
+
+    def predict(image):
+        features = list(model[0](image).values())
+        return tuple(level for kind in model[1](features) for level in kind)
+
+    buffer = io.BytesIO()
+    torch.jit.save(torch.jit.trace(predict, torch.randn(1, 3, 96, 128)), buffer)
+    buffer.seek(0)
+    image = torch.randn(2, 3, 160, 96)
+    torch.testing.assert_close(torch.jit.load(buffer)(image), predict(image))
 
 
 def test_p2_comes_with_res2_and_leaves_the_other_levels_alone():
