@@ -1,8 +1,8 @@
 """What Detectron2 0.5 (July 2021) needs changed to work on today's PyTorch, NumPy and Pillow.
 
-Each change is one declared `Mend`: where, what, instead what, how often, why. Nothing else of the source
-is touched. A mend that does not find its place exactly as often as declared is an error, because then this is
-not the source that the list was written for.
+Each change is one declared `Mend`: where, what, by what, how often, why. Nothing else of the source
+is touched. A mend that does not find its place exactly as often as declared is an error, because
+then this is not the source that the list was written for.
 """
 
 import re
@@ -17,7 +17,7 @@ class MendError(RuntimeError):
 
 @dataclass(frozen=True)
 class Mend:
-    """Replaces every match of the regular expression `pattern` in one file; there must be `count` of them."""
+    """Replace every match of the regular expression `pattern` in a file; there must be `count`."""
 
     path: str
     pattern: str
@@ -28,19 +28,19 @@ class Mend:
     def apply(self, root: Path) -> None:
         file = root / self.path
         if not file.is_file():
-            raise MendError(f"{self.path}: no such file, expected it for the mend '{self.why}'.")
+            raise MendError(f"{self.path}: no such file, needed for the mend '{self.why}'")
         text, found = re.subn(
             self.pattern, self.replacement, file.read_text(encoding="utf-8"), flags=re.MULTILINE
         )
         if found != self.count:
             raise MendError(
-                f"{self.path}: found {found} places for the mend '{self.why}', expected {self.count}."
+                f"{self.path}: {found} places for the mend '{self.why}', expected {self.count}"
             )
         file.write_text(text, encoding="utf-8")
 
 
 def apply_mends(root: Path, mends: Iterable[Mend]) -> None:
-    """Applies `mends` to the source tree below `root`; the first one that finds no place raises `MendError`."""
+    """Apply `mends` to the source tree below `root`; one that finds no place raises `MendError`."""
     for mend in mends:
         mend.apply(root)
 
@@ -86,7 +86,7 @@ MENDS = (
     _compiled_operators("layers/deform_conv.py"),
     _compiled_operators("layers/roi_align_rotated.py"),
     _compiled_operators("layers/rotated_boxes.py"),
-    # As in later releases: without its operators, fast_eval_api does not import, and pycocotools steps in.
+    # As in later releases: fast_eval_api needs the operators; pycocotools takes its place.
     Mend(
         "detectron2/evaluation/coco_evaluation.py",
         r"^from detectron2\.evaluation\.fast_eval_api import COCOeval_opt$",
@@ -126,19 +126,19 @@ MENDS = (
 
 # Files that the installation adds, by path.
 ADDED_FILES = {
-    "detectron2/layers/missing_operators.py": '''\
+    "detectron2/layers/missing_operators.py": """\
 class _MissingOperators:
     def __getattr__(self, name):
         raise NotImplementedError(
-            f"detectron2._C.{name} is a compiled operator, and this Detectron2 was installed without them. "
-            "Install Detectron2 from its official repository, with a C++ compiler, to have them."
+            f"detectron2._C.{name} is a compiled operator, and this Detectron2 has none. "
+            "Build it from its official repository to have them."
         )
 
 
 _C = _MissingOperators()
-''',
+""",
     # Replaces the release's own, which compiles the operators and pins versions of 2021.
-    "setup.py": '''\
+    "setup.py": """\
 from setuptools import find_packages, setup
 
 PROJECTS = {
@@ -176,5 +176,5 @@ setup(
         "yacs>=0.1.6",
     ],
 )
-''',
+""",
 }

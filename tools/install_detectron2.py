@@ -1,12 +1,13 @@
-#!/usr/bin/env python
+#!/usr/bin/env python3
 """Get Detectron2 into the Python that runs this, from the best source within reach.
 
     python tools/install_detectron2.py                    # first of: installed, official, sdist
-    python tools/install_detectron2.py --source sdist     # insist on one
+    python tools/install_detectron2.py --source sdist     # insist on one, installed or not
 
-Sources: "official" is github.com/facebookresearch/detectron2 at a pinned commit, which needs a C++
-compiler; "sdist" is the Python part of release 0.5 from the package index, mended for today's
-PyTorch, NumPy and Pillow (`detectron2_mends.py`), without compiled operators. Both need PyTorch.
+Sources: "official" is github.com/facebookresearch/detectron2 at a pinned commit, which needs git
+and a C++ compiler; "sdist" is the Python part of release 0.5 from the package index, mended for
+today's PyTorch, NumPy and Pillow (`detectron2_mends.py`), without compiled operators, which ATSS does not
+need. Both need PyTorch. pip downloads, so its index, mirror, proxy and certificates count here too.
 """
 
 import argparse
@@ -17,26 +18,45 @@ import subprocess
 import sys
 import tarfile
 import tempfile
-import urllib.error
-import urllib.request
 from pathlib import Path
-from typing import List, Optional
+from typing import Optional
 
 from detectron2_mends import ADDED_FILES, MENDS, MendError, apply_mends
 
 REPOSITORY = "https://github.com/facebookresearch/detectron2"
 COMMIT = "02b5c4e295e990042a714712c21dc79b731e8833"  # main, June 2026
+TIMEOUT_SECONDS = 10  # for the repository to answer
+
+# Its Python files equal those of the tag v0.5, and no other release is on the package index.
 SDIST = "detectron2-cdo==0.5"
 SDIST_SHA256 = "53c9e79e9cc943e80419c588ea44b5479507a8628ed14a4e06bd093e29311b18"
-TIMEOUT_SECONDS = 10
 
-# The sdist's own build script cannot even tell pip its name on a current Python, so pip would refuse
-# to download it. With this in place of setuptools pip has what it asks for, and runs nothing.
-_STUB_BACKEND = '''\
+_ABSENT = 3
+# A folder "detectron2" in the current one is a checkout, not an installation: it must not count.
+# Nor must a folder without a version, which `pip uninstall` leaves where files were added.
+_PROBE = f"""
+import sys
+sys.path[:] = [path for path in sys.path if path]
+try:
+    import detectron2
+except ModuleNotFoundError as error:
+    if error.name != "detectron2":
+        raise
+    sys.exit({_ABSENT})
+if not hasattr(detectron2, "__version__"):
+    sys.exit({_ABSENT})
+import detectron2.engine, detectron2.evaluation, detectron2.modeling
+print(f"version {{detectron2.__version__}} in {{detectron2.__path__[0]}}")
+"""
+
+# pip asks an sdist for its metadata before it hands it over. It would run the sdist's setup.py for
+# that, before anybody has checked the hash, and then refuse the answer: an extra of it names a URL.
+# With this in place of setuptools pip has what it asks for, and nothing of the sdist runs.
+_STUB_BACKEND = """\
 import os
 
 
-class _Legacy:
+class __legacy__:
     @staticmethod
     def get_requires_for_build_wheel(config_settings=None):
         return []
@@ -48,22 +68,29 @@ class _Legacy:
         with open(os.path.join(folder, "METADATA"), "w") as file:
             file.write("Metadata-Version: 2.1\\nName: detectron2-cdo\\nVersion: 0.5\\n")
         return "detectron2_cdo-0.5.dist-info"
-
-
-__legacy__ = _Legacy()
-'''
+"""
 
 
 class InstallError(RuntimeError):
     """Detectron2 cannot be installed; the message says why and what would help."""
 
 
-def installed_version() -> Optional[str]:
-    """Version of the Detectron2 that this Python imports, None if it imports none."""
-    command = [sys.executable, "-c", "import detectron2; print(detectron2.__version__)"]
-    # Not from the current folder: a checkout of Detectron2 there would shadow the installed one.
-    result = subprocess.run(command, capture_output=True, text=True, cwd=tempfile.gettempdir())
-    return result.stdout.strip().splitlines()[-1] if result.returncode == 0 else None
+def find_installed() -> Optional[str]:
+    """Version and place of the Detectron2 that this Python imports, None if there is none.
+
+    Raises:
+        InstallError: one is installed, but it does not work with what else is installed.
+    """
+    command = [sys.executable, "-W", "ignore", "-c", _PROBE]
+    result = subprocess.run(command, capture_output=True, text=True)
+    if result.returncode == _ABSENT:
+        return None
+    if result.returncode != 0:
+        raise InstallError(
+            f"the installed Detectron2 cannot be imported: {_last_line(result.stderr)}. "
+            "Run this with --source official or --source sdist to replace it."
+        )
+    return _last_line(result.stdout)
 
 
 def official_obstacle() -> Optional[str]:
@@ -71,126 +98,144 @@ def official_obstacle() -> Optional[str]:
     if shutil.which("git") is None:
         return "git is missing"
     compiler = os.environ.get("CXX", "").split() or ["c++"]
-    if not any(shutil.which(name) for name in (*compiler[:1], "g++", "clang++", "cl")):
+    if not any(shutil.which(name) for name in (compiler[0], "g++", "clang++", "cl")):
         return "no C++ compiler was found"
     try:
-        urllib.request.urlopen(REPOSITORY, timeout=TIMEOUT_SECONDS).close()
-    except (urllib.error.URLError, OSError) as error:
-        reason = getattr(error, "reason", error)
-        return f"{REPOSITORY} did not answer within {TIMEOUT_SECONDS} s ({reason})"
+        # git, not urllib: pip will fetch with git, and the two may have different proxies.
+        result = subprocess.run(
+            ["git", "ls-remote", REPOSITORY, "HEAD"],
+            capture_output=True,
+            text=True,
+            stdin=subprocess.DEVNULL,
+            timeout=TIMEOUT_SECONDS,
+            env={**os.environ, "GIT_TERMINAL_PROMPT": "0"},
+        )
+    except subprocess.TimeoutExpired:
+        return f"{REPOSITORY} did not answer within {TIMEOUT_SECONDS} s"
+    if result.returncode != 0:
+        return _last_line(result.stderr)
     return None
 
 
 def install_official() -> str:
     """Build the pinned commit of the official repository; returns what was taken."""
     source = f"git+{REPOSITORY}@{COMMIT}"
-    try:
-        _pip(["install", "--no-build-isolation", source])
-    except subprocess.CalledProcessError as error:
-        raise InstallError(f"pip could not build {source} (exit code {error.returncode}).") from None
+    if _pip("install", "--no-build-isolation", source).returncode != 0:
+        raise InstallError(f"pip could not build {source}, see above")
     return f"the official repository at {COMMIT[:8]}"
 
 
 def install_sdist() -> str:
     """Fetch, check, mend and install the sdist of release 0.5; returns what was taken."""
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(prefix="detectron2-") as folder:
         archive = download_sdist(Path(folder))
         check_hash(archive, SDIST_SHA256)
-        root = unpack(archive, Path(folder) / "source")
-        try:
-            apply_mends(root, MENDS)
-        except MendError as error:
-            raise InstallError(f"{SDIST} is not the source that the mends know: {error}") from error
-        for path, text in ADDED_FILES.items():
-            (root / path).write_text(text, encoding="utf-8")
-        try:
-            _pip(["install", "--no-build-isolation", str(root)])
-        except subprocess.CalledProcessError as error:
-            raise InstallError(
-                f"pip could not install the mended {SDIST} (exit code {error.returncode})."
-            ) from None
+        root = unpack_mended(archive, Path(folder) / "source")
+        if _pip("install", "--quiet", str(root)).returncode != 0:
+            raise InstallError(f"pip could not install the mended {SDIST}, see above")
     return f"{SDIST} from the package index, mended, without compiled operators"
 
 
 def download_sdist(folder: Path) -> Path:
-    """Let pip fetch the sdist, so that its configuration (index, mirror, proxy) counts."""
+    """Let pip fetch the sdist into `folder`; returns the archive, of which nothing was run."""
     stub = folder / "stub" / "setuptools"
     stub.mkdir(parents=True)
-    (stub / "__init__.py").write_text("")
+    (stub / "__init__.py").touch()
     (stub / "build_meta.py").write_text(_STUB_BACKEND)
-    target = folder / "download"
-    command = ["download", "--quiet", "--no-deps", "--no-build-isolation", "--no-binary", ":all:"]
-    environment = {**os.environ, "PYTHONPATH": str(stub.parent)}
-    try:
-        _pip([*command, "--dest", str(target), SDIST], environment)
-    except subprocess.CalledProcessError:
+    result = _pip(
+        "download",
+        "--no-deps",
+        "--no-build-isolation",
+        "--use-pep517",
+        "--no-binary=:all:",
+        f"--dest={folder}",
+        SDIST,
+        env={**os.environ, "PYTHONPATH": str(stub.parent)},
+        capture_output=True,
+    )
+    archives = list(folder.glob("*.tar.gz"))
+    if result.returncode != 0 or len(archives) != 1:
         raise InstallError(
-            f"pip could not fetch {SDIST} from the package index. Check the network and pip's "
-            "configuration, or install Detectron2 yourself and run this again."
-        ) from None
-    archives = list(target.glob("*.tar.gz"))
-    if len(archives) != 1:
-        raise InstallError(f"Expected one archive of {SDIST}, pip fetched {len(archives)}.")
+            f"pip could not fetch {SDIST} from the package index: {_last_line(result.stderr)}. "
+            "Check the network and pip's configuration, or install Detectron2 yourself"
+        )
     return archives[0]
 
 
 def check_hash(archive: Path, sha256: str) -> None:
-    """Raise `InstallError` unless the file is the very one that was examined."""
+    """Raise `InstallError` unless the file is the one that the mends were written for."""
     found = hashlib.sha256(archive.read_bytes()).hexdigest()
     if found != sha256:
-        raise InstallError(
-            f"{archive.name} has sha256 {found}, expected {sha256}: not installed. The package "
-            "index serves another file than the one these mends were written for."
-        )
+        raise InstallError(f"{archive.name} has sha256 {found}, expected {sha256}: not installed")
 
 
-def unpack(archive: Path, folder: Path) -> Path:
-    """Unpack the archive; returns its only top-level folder."""
+def unpack_mended(archive: Path, folder: Path) -> Path:
+    """Unpack the archive below `folder` and mend it; returns its root, which pip can install."""
     with tarfile.open(archive) as file:
         # Python before 3.9.17 has no filters; the hash has said already whose file it is.
         options = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}
         file.extractall(folder, **options)
-    roots = [path for path in folder.iterdir() if path.is_dir()]
-    if len(roots) != 1:
-        raise InstallError(f"{archive.name} has {len(roots)} folders at its top, expected one.")
-    return roots[0]
+    root = folder / archive.name[: -len(".tar.gz")]
+    try:
+        apply_mends(root, MENDS)
+    except MendError as error:
+        raise InstallError(f"{SDIST} is not the source that the mends know: {error}") from error
+    for path, text in ADDED_FILES.items():
+        (root / path).write_text(text, encoding="utf-8")
+    return root
 
 
-def _pip(arguments: List[str], environment=None) -> None:
-    subprocess.run([sys.executable, "-m", "pip", *arguments], check=True, env=environment)
-
-
-def install(source: str) -> str:
+def install(source: str = "auto") -> str:
     """Install from a source, "auto" for the first that can be had; returns what was taken."""
-    version = installed_version()
-    if version is not None and source == "auto":
-        return f"nothing: version {version} is installed"
+    if source == "auto":
+        installed = find_installed()
+        if installed:
+            return f"nothing, {installed} is installed"
     has_torch = subprocess.run([sys.executable, "-c", "import torch"], capture_output=True)
     if has_torch.returncode != 0:
         raise InstallError(
             f"Detectron2 needs PyTorch, which {sys.executable} cannot import. Install torch and "
-            "torchvision first."
+            "torchvision first"
         )
-    if source != "sdist":
-        obstacle = official_obstacle()
-        if obstacle is None:
+    return f"{_take(source)}: {find_installed() or 'but Python does not find it'}"
+
+
+def _take(source: str) -> str:
+    if source == "sdist":
+        return install_sdist()
+    obstacle = official_obstacle()
+    if obstacle is None:
+        try:
             return install_official()
-        if source == "official":
-            raise InstallError(f"The official repository cannot be used: {obstacle}.")
-        print(f"Detectron2: not from the official repository: {obstacle}.", flush=True)
-    return install_sdist()
+        except InstallError as error:
+            obstacle = str(error)
+    if source == "official":
+        raise InstallError(f"the official repository cannot be used: {obstacle}")
+    try:
+        return f"{install_sdist()} ({obstacle})"
+    except InstallError as error:
+        raise InstallError(f"{error}. The official repository: {obstacle}") from None
 
 
-def main(arguments: Optional[List[str]] = None) -> int:
+def _pip(*arguments: str, **options) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", *arguments]
+    return subprocess.run(command, text=True, **options)
+
+
+def _last_line(text: str) -> str:
+    lines = [line for line in text.splitlines() if line.strip() and "WARNING" not in line]
+    return lines[-1].strip().rstrip(".") if lines else "it gave no reason"
+
+
+def main(arguments=None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--source", choices=("auto", "official", "sdist"), default="auto")
-    source = parser.parse_args(arguments).source
     try:
-        print(f"Detectron2: took {install(source)}.")
+        print(f"Detectron2: took {install(parser.parse_args(arguments).source)}.")
     except InstallError as error:
-        print(f"install_detectron2: {error}", file=sys.stderr)
+        print(f"install_detectron2: {error}.", file=sys.stderr)
         return 1
     return 0
 
