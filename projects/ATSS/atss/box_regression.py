@@ -4,6 +4,9 @@ RetinaNet refines an anchor box, FCOS measures distances from an anchor point. B
 with `get_deltas` and `apply_deltas`, and neither the head nor the loss knows which one it has.
 """
 
+import math
+from typing import Sequence
+
 import torch
 from torch import Tensor
 
@@ -18,8 +21,20 @@ class Box2BoxTransform(_Detectron2Box2BoxTransform):
     """Detectron2's transform, except that encoding does not wait for the GPU.
 
     The parent's `get_deltas` asserts on a value, which waits for all queued work in every training
-    step. Formulas, weights and clamping are the parent's.
+    step. Formulas and clamping are the parent's.
+
+    Args:
+        weights: factors of dx, dy, dw and dh, (10, 10, 5, 5) in the authors' release.
+        scale_clamp: most that dw and dh may be when decoded; log(1000 / 16) by default.
     """
+
+    def __init__(
+        self,
+        weights: Sequence[float] = (10.0, 10.0, 5.0, 5.0),
+        scale_clamp: float = math.log(1000.0 / 16),
+    ):
+        # A plain tuple: a LazyConfig passes its own list type, which is slow to iterate.
+        super().__init__(weights=tuple(float(w) for w in weights), scale_clamp=scale_clamp)
 
     def get_deltas(self, src_boxes: Tensor, target_boxes: Tensor) -> Tensor:
         """Deltas (dx, dy, dw, dh) that turn `src_boxes` into `target_boxes`.

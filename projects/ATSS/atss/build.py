@@ -61,8 +61,7 @@ def build_box2box_transform(cfg):
         ValueError: for an unknown name (listing the known ones) or a key that it does not take.
     """
     node = cfg.MODEL.ATSS.BOX2BOX_TRANSFORM
-    defaults = {"weights": (10.0, 10.0, 5.0, 5.0)} if node.NAME == "Box2BoxTransform" else {}
-    return _build(BOX2BOX_TRANSFORM_REGISTRY, node, "MODEL.ATSS.BOX2BOX_TRANSFORM", defaults)
+    return _build(BOX2BOX_TRANSFORM_REGISTRY, node, "MODEL.ATSS.BOX2BOX_TRANSFORM")
 
 
 def build_parts(

@@ -1,0 +1,285 @@
+"""Configs: the paper's recipe, and twins in YAML and Python that build the same training."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from atss import model_zoo
+from atss.assigners import ATSSAssigner
+from atss.lazy_training import apply_overrides, load_lazy_config
+from atss.optimizer import get_optimizer_params
+from atss.trainer import Trainer
+from atss.yaml_config import load_yaml_config
+from conftest import GOLDEN, REPO, STRIDES
+from torch import nn
+
+from detectron2.config import instantiate
+from detectron2.solver import LRMultiplier
+
+TWINS = sorted(
+    str(path.relative_to(REPO / "configs").with_suffix(""))
+    for path in (REPO / "configs").rglob("*.yaml")
+    if path.with_suffix(".py").exists()
+)
+ONE_STAGE = [name for name in TWINS if "rcnn" not in name]
+
+
+def lazy_model(name):
+    cfg = model_zoo.get_config(name)
+    return cfg, instantiate(cfg.model)
+
+
+def yaml_model(name):
+    cfg = load_yaml_config(str(REPO / "configs" / f"{name}.yaml"), ["MODEL.DEVICE", "cpu"])
+    return cfg, Trainer.build_model(cfg)
+
+
+def public_state(part):
+    """Hyper-parameters of a part, nested parts included."""
+    state = {}
+    for name, value in vars(part).items():
+        if name.startswith("_") or isinstance(value, (torch.Tensor, nn.Module)):
+            continue
+        nested = getattr(value, "__dict__", None)
+        if isinstance(value, (list, tuple)):
+            value = tuple(tuple(v) if isinstance(v, (list, tuple)) else v for v in value)
+        state[name] = (type(value).__name__, public_state(value)) if nested else value
+    return state
+
+
+def group_summary(optimizer, model):
+    """Name of each parameter -> its learning rate and decay."""
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    return {
+        names[parameter]: (group["lr"], group["weight_decay"])
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+    }
+
+
+def augmentations(mapper_augmentations):
+    texts = [str(augmentation) for augmentation in mapper_augmentations]
+    return [re.sub(r"[\[(](\d+),?[\])]", r"(\1,)", text) for text in texts]  # [800] is (800,)
+
+
+@pytest.mark.parametrize("name", ONE_STAGE)
+def test_yaml_and_python_twins_build_the_same_training(name):
+    lazy_cfg, lazy = lazy_model(name)
+    yaml_cfg, yaml = yaml_model(name)
+    shapes = [
+        {key: value.shape for key, value in model.state_dict().items()} for model in (lazy, yaml)
+    ]
+    assert shapes[0] == shapes[1]
+    frozen = [{n for n, p in m.named_parameters() if not p.requires_grad} for m in (lazy, yaml)]
+    assert frozen[0] == frozen[1]
+    for part in ("assigner", "box2box_transform", "loss"):
+        mine, other = (getattr(m.proposal_generator, part) for m in (lazy, yaml))
+        assert type(mine) is type(other)
+        assert public_state(mine) == public_state(other), part
+    assert public_state(lazy.proposal_generator) == public_state(yaml.proposal_generator)
+    for mine, other in zip(
+        lazy.proposal_generator.anchor_generator.cell_anchors,
+        yaml.proposal_generator.anchor_generator.cell_anchors,
+    ):
+        torch.testing.assert_close(mine, other, rtol=0, atol=1e-4)
+    assert torch.equal(lazy.proposal_generator.head.bbox_pred.bias, yaml.proposal_generator.head.bbox_pred.bias)
+    assert torch.equal(lazy.pixel_mean, yaml.pixel_mean)
+    assert torch.equal(lazy.pixel_std, yaml.pixel_std)
+    assert lazy.input_format == yaml.input_format
+
+    lazy_cfg.optimizer.params.model = lazy
+    lazy_optimizer = instantiate(lazy_cfg.optimizer)
+    yaml_optimizer = Trainer.build_optimizer(yaml_cfg, yaml)
+    assert type(lazy_optimizer) is type(yaml_optimizer)
+    assert lazy_optimizer.defaults.get("momentum") == yaml_optimizer.defaults.get("momentum")
+    assert group_summary(lazy_optimizer, lazy) == group_summary(yaml_optimizer, yaml)
+
+    max_iter = lazy_cfg.train.max_iter
+    assert max_iter == yaml_cfg.SOLVER.MAX_ITER
+    mine = instantiate(lazy_cfg.lr_multiplier)
+    other = Trainer.build_lr_scheduler(yaml_cfg, yaml_optimizer)._multiplier
+    for step in {0, 1, 49, 50, 499, 500, 501, max_iter // 2, max_iter - 1}:
+        if step < max_iter:
+            assert mine(step / max_iter) == pytest.approx(other(step / max_iter), rel=1e-6), step
+
+    train, solver = lazy_cfg.train, yaml_cfg.SOLVER
+    assert (train.amp.enabled, train.amp.precision) == (solver.AMP.ENABLED, solver.AMP.PRECISION)
+    assert train.channels_last == solver.CHANNELS_LAST
+    assert train.init_checkpoint == yaml_cfg.MODEL.WEIGHTS
+    assert train.eval_period == yaml_cfg.TEST.EVAL_PERIOD
+    assert train.checkpointer.period == solver.CHECKPOINT_PERIOD
+    data = lazy_cfg.dataloader
+    assert tuple(data.train.dataset.names) == yaml_cfg.DATASETS.TRAIN
+    assert tuple(data.test.dataset.names) == yaml_cfg.DATASETS.TEST
+    assert data.train.total_batch_size == solver.IMS_PER_BATCH
+    from detectron2.data.detection_utils import build_augmentation
+
+    for split, is_train in ((data.train, True), (data.test, False)):
+        mine = augmentations(instantiate(split.mapper.augmentations))
+        assert mine == augmentations(build_augmentation(yaml_cfg, is_train))
+
+
+def test_there_are_twins_to_compare():
+    assert {"coco/atss_R_50_FPN_1x", "toy/atss_toy"} <= set(TWINS)
+
+
+def authors_names(name):
+    """Our parameter name as the authors' release has it (R-50)."""
+    name = name.replace("proposal_generator.head.", "rpn.head.")
+    name = name.replace("backbone.bottom_up.stem.conv1.norm.", "backbone.body.stem.bn1.")
+    name = name.replace("backbone.bottom_up.stem.", "backbone.body.stem.")
+    for stage in range(2, 6):
+        name = name.replace(f"backbone.bottom_up.res{stage}.", f"backbone.body.layer{stage - 1}.")
+    name = name.replace(".shortcut.norm.", ".downsample.1.").replace(
+        ".shortcut.", ".downsample.0."
+    )
+    for conv in (1, 2, 3):
+        name = name.replace(f".conv{conv}.norm.", f".bn{conv}.")
+    for level in (3, 4, 5):
+        name = name.replace(f"backbone.fpn_lateral{level}.", f"backbone.fpn.fpn_inner{level - 1}.")
+        name = name.replace(f"backbone.fpn_output{level}.", f"backbone.fpn.fpn_layer{level - 1}.")
+    return name.replace("backbone.top_block.", "backbone.fpn.top_blocks.")
+
+
+def golden_recipe():
+    lines = (GOLDEN / "keys" / "atss_R_50_FPN_1x.optim.txt").read_text().splitlines()
+    schedule = {}
+    for entry in lines[0].split("iteration:")[1].split(","):
+        step, rate = entry.split(":")
+        schedule[int(step)] = float(rate)
+    parameters = {}
+    for line in lines[1:]:
+        name, *values = line.split()
+        parameters[name] = None if values == ["frozen"] else (float(values[1]), float(values[3]))
+    return schedule, parameters
+
+
+def test_rate_and_decay_of_every_parameter_are_those_of_the_authors_release():
+    cfg, model = lazy_model("atss_R_50_FPN_1x")
+    _, expected = golden_recipe()
+    cfg.optimizer.params.model = model
+    groups = group_summary(instantiate(cfg.optimizer), model)
+    found = {authors_names(name): groups.get(name) for name, _ in model.named_parameters()}
+    suffixes = {name.split("rpn.head.")[-1]: name for name in expected if "rpn" in name}
+    found = {suffixes.get(n.split("rpn.head.")[-1], n) if "rpn" in n else n: v for n, v in found.items()}
+    assert set(found) == set(expected)
+    for name, values in expected.items():
+        assert found[name] == (None if values is None else pytest.approx(values)), name
+
+
+def test_learning_rate_over_time_is_that_of_the_authors_release():
+    cfg = model_zoo.get_config("atss_R_50_FPN_1x")
+    schedule, _ = golden_recipe()
+    multiplier = instantiate(cfg.lr_multiplier)
+    steps = [step for step in schedule if step < cfg.train.max_iter]
+    assert {0, 499, 500, 59999, 60000, 79999, 80000} <= set(steps)
+    for step in steps:
+        rate = cfg.optimizer.lr * multiplier(step / cfg.train.max_iter)
+        assert rate == pytest.approx(schedule[step], rel=1e-4), step
+
+
+def test_1x_recipe_is_section_4_of_the_paper():
+    cfg = model_zoo.get_config("atss_R_50_FPN_1x")
+    assert cfg.dataloader.train.total_batch_size == 16 and cfg.train.max_iter == 90000
+    assert (cfg.optimizer.lr, cfg.optimizer.momentum, cfg.optimizer.weight_decay) == (0.01, 0.9, 1e-4)
+    resize = cfg.dataloader.train.mapper.augmentations[0]
+    assert list(resize.short_edge_length) == [800] and resize.max_size == 1333
+    model = cfg.model
+    assert (model.score_thresh, model.topk_candidates, model.nms_thresh) == (0.05, 1000, 0.6)
+    assert cfg.train.init_checkpoint == "detectron2://ImageNetPretrained/MSRA/R-50.pkl"
+
+
+def test_groups_give_biases_their_own_rate_and_leave_frozen_and_shared_parameters_alone():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(1, 1, 1)
+            self.norm = nn.GroupNorm(1, 1)
+            self.frozen = nn.Linear(1, 1).requires_grad_(False)
+            self.shared = self.conv
+
+    model = Model()
+    groups = get_optimizer_params(model, base_lr=1.0, weight_decay=0.1)
+    by_values = {(g["lr"], g["weight_decay"]): g["params"] for g in groups}
+    assert by_values == {
+        (1.0, 0.1): [model.conv.weight, model.norm.weight],
+        (2.0, 0.0): [model.conv.bias, model.norm.bias],
+    }
+    undecayed = get_optimizer_params(model, 1.0, 0.1, weight_decay_norm=0.0)
+    assert [model.norm.weight] in [g["params"] for g in undecayed]
+    with pytest.raises(ValueError, match="nothing to train"):
+        get_optimizer_params(model.requires_grad_(False), 1.0)
+
+
+def test_zoo_finds_configs_by_name_and_lists_them_otherwise():
+    assert "coco/atss_R_50_FPN_1x" in model_zoo.list_configs()
+    assert Path(model_zoo.config_file("toy/atss_toy")).name == "atss_toy.py"
+    model = model_zoo.get("toy/atss_toy", device="cpu")
+    assert not model.training and isinstance(model.proposal_generator.assigner, ATSSAssigner)
+    with pytest.raises(ValueError, match="Unknown config 'nothing'.*atss_toy"):
+        model_zoo.get_config("nothing")
+    with pytest.raises(ValueError, match="sfzhang15/ATSS"):
+        model_zoo.get_checkpoint_url("atss_R_50_FPN_1x")
+
+
+def test_every_part_can_be_overridden_in_a_line():
+    cfg = load_lazy_config(
+        model_zoo.config_file("toy/atss_toy"),
+        [
+            "model.assigner.topk=3", "model.assigner.min_positives_per_gt=1",
+            "model.head.norm=''", "model.loss.box_loss=smooth_l1", "model.num_classes=2",
+        ],
+    )  # fmt: skip
+    core = instantiate(cfg.model).proposal_generator
+    assert (core.assigner.topk, core.assigner.min_positives_per_gt) == (3, 1)
+    assert core.loss.num_classes == core.head.num_classes == 2
+    assert core.loss.box_loss == "smooth_l1"
+    assert core.anchor_generator.strides == list(STRIDES)
+
+
+@pytest.mark.parametrize(
+    "override, words",
+    [
+        ("train.max_iters=3", "Unknown config key 'train.max_iters'; train has .*'max_iter'"),
+        ("modell.head.norm=GN", "Unknown config key 'modell.head.norm'"),
+        ("train.max_iter", "no '='"),
+    ],
+)
+def test_lazy_overrides_that_change_nothing_are_refused(override, words):
+    cfg = model_zoo.get_config("toy/atss_toy")
+    with pytest.raises(ValueError, match=words):
+        apply_overrides(cfg, [override])
+
+
+@pytest.mark.parametrize(
+    "overrides, words",
+    [
+        (["MODEL.ATSS.TOPK", "3"], "Unknown config key 'MODEL.ATSS.TOPK'; MODEL.ATSS has .*ASSIGNER"),
+        (["SOLVER.MAX_ITER", "many"], "SOLVER.MAX_ITER cannot be 'many'"),
+        (["SOLVER.MAX_ITER"], "KEY VALUE pairs"),
+    ],
+)
+def test_yaml_overrides_that_mean_nothing_are_refused(overrides, words):
+    with pytest.raises(ValueError, match=words):
+        load_yaml_config(str(REPO / "configs" / "toy" / "atss_toy.yaml"), overrides)
+
+
+def test_missing_config_file_is_named():
+    for load in (load_yaml_config, load_lazy_config):
+        with pytest.raises(FileNotFoundError, match="nowhere"):
+            load("nowhere.yaml")
+
+
+def test_scheduler_follows_detectron2s_hook():
+    cfg, model = lazy_model("toy/atss_toy")
+    cfg.optimizer.params.model = model
+    optimizer = instantiate(cfg.optimizer)
+    scheduler = LRMultiplier(optimizer, instantiate(cfg.lr_multiplier), cfg.train.max_iter)
+    rates = []
+    for _ in range(60):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    assert rates[0] == pytest.approx(0.02 * cfg.optimizer.lr)
+    assert max(rates) == pytest.approx(cfg.optimizer.lr, rel=0.02)
