@@ -16,14 +16,17 @@ STAMP := $(VENV)/.atss-setup
 
 help:
 	@sed -n '1,5s/^# \{0,1\}//p' Makefile
+	@echo '  make setup | lint | clean           the environment alone; ruff; remove what was made'
 
 setup: $(STAMP)
 
 # The stamp comes last: a set-up that was interrupted starts over, and pip skips what is there.
 $(STAMP): setup.py tools/install_detectron2.py tools/detectron2_mends.py
 	@$(PYTHON) -c 'import sys; v = sys.version_info; \
-	    sys.exit(0 if v >= (3, 9) else f"Python >= 3.9 is needed, {sys.executable} is {v.major}.{v.minor}: make PYTHON=...")'
-	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	    sys.exit(0 if v >= (3, 9) else \
+	    "Python >= 3.9 is needed, %s is %d.%d: make PYTHON=..." % (sys.executable, v[0], v[1]))'
+	@# Asking for pip, not for Python: an interrupted venv has the one and not yet the other.
+	$(PY) -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --quiet --upgrade pip "setuptools<81" wheel
 	$(PY) -m pip install torch torchvision
 	$(PY) -m pip install ninja

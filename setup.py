@@ -1,5 +1,6 @@
 """Package `atss`, with its configs. Detectron2 itself is installed before: see README.md."""
 
+import re
 import shutil
 from pathlib import Path
 
@@ -7,7 +8,9 @@ from setuptools import find_packages, setup
 from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
-VERSION = "0.1.0"
+# Read, not imported: `import atss` needs PyTorch and Detectron2.
+INIT = (ROOT / "projects/ATSS/atss/__init__.py").read_text(encoding="utf-8")
+VERSION = re.search(r'^__version__ = "(.+)"$', INIT, re.MULTILINE).group(1)
 
 
 class BuildWithConfigs(build_py):
@@ -17,9 +20,11 @@ class BuildWithConfigs(build_py):
         super().run()
         if getattr(self, "editable_mode", False):
             return  # a checkout has them at its top
+        copy = Path(self.build_lib, "atss", "configs")
+        shutil.rmtree(copy, ignore_errors=True)  # what an earlier build left may be gone here
         for source in sorted((ROOT / "configs").rglob("*")):
             if source.suffix in (".py", ".yaml"):
-                target = Path(self.build_lib, "atss", "configs", source.relative_to(ROOT / "configs"))
+                target = copy / source.relative_to(ROOT / "configs")
                 target.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(source, target)
 
@@ -43,7 +48,7 @@ setup(
         "numpy",
         "opencv-python",
         "matplotlib",
-        "omegaconf>=2.1",
+        "omegaconf>=2.1,<2.4",  # as Detectron2 bounds it
         "hydra-core>=1.1",
     ],
     extras_require={

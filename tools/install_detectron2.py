@@ -6,8 +6,8 @@
 
 Sources: "official" is github.com/facebookresearch/detectron2 at a pinned commit, which needs git
 and a C++ compiler; "sdist" is the Python part of release 0.5 from the package index, mended for
-today's PyTorch, NumPy and Pillow (`detectron2_mends.py`), without compiled operators, which ATSS does not
-need. Both need PyTorch. pip downloads, so its index, mirror, proxy and certificates count here too.
+today's PyTorch, NumPy and Pillow (`detectron2_mends.py`), without compiled operators, which ATSS
+does not need. Both need PyTorch. pip downloads, so its index, mirror and proxy count here too.
 """
 
 import argparse
