@@ -50,6 +50,10 @@ BEFORE_AND_AFTER = {
     "layers/deform_conv.py": ("from detectron2 import _C\n", NO_OPERATORS),
     "layers/roi_align_rotated.py": ("from detectron2 import _C\n", NO_OPERATORS),
     "layers/rotated_boxes.py": ("from detectron2 import _C\n", NO_OPERATORS),
+    "engine/hooks.py": (
+        "isinstance(a, torch.optim.lr_scheduler._LRScheduler)\n" * 2,
+        "isinstance(a, torch.optim.lr_scheduler.LRScheduler)\n" * 2,
+    ),
     "evaluation/coco_evaluation.py": (
         "from detectron2.evaluation.fast_eval_api import COCOeval_opt\n",
         "try:\n    from detectron2.evaluation.fast_eval_api import COCOeval_opt\n"

@@ -97,6 +97,14 @@ MENDS = (
         1,
         "COCO evaluation falls back to pycocotools",
     ),
+    # PyTorch's own schedulers no longer derive from _LRScheduler: their state would not be saved.
+    Mend(
+        "detectron2/engine/hooks.py",
+        r"\btorch\.optim\.lr_scheduler\._LRScheduler\b",
+        "torch.optim.lr_scheduler.LRScheduler",
+        2,
+        "PyTorch 2.0 gave its schedulers another base class",
+    ),
     Mend(
         "detectron2/export/__init__.py",
         r"^from \.api import \*$",
