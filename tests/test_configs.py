@@ -1,6 +1,5 @@
 """Configs: the paper's recipe, and twins in YAML and Python that build the same training."""
 
-import re
 from pathlib import Path
 
 import pytest
@@ -14,6 +13,7 @@ from atss.yaml_config import load_yaml_config
 from conftest import GOLDEN, REPO, STRIDES
 from torch import nn
 
+import detectron2.data.transforms as T
 from detectron2.config import instantiate
 from detectron2.solver import LRMultiplier
 
@@ -58,9 +58,18 @@ def group_summary(optimizer, model):
     }
 
 
-def augmentations(mapper_augmentations):
-    texts = [str(augmentation) for augmentation in mapper_augmentations]
-    return [re.sub(r"[\[(](\d+),?[\])]", r"(\1,)", text) for text in texts]  # [800] is (800,)
+def augmentations(transforms):
+    """Kind and settings of each; defaults that are not printed count too."""
+    found = []
+    for transform in transforms:
+        if isinstance(transform, T.ResizeShortestEdge):
+            lengths = tuple(transform.short_edge_length)
+            lengths = lengths * 2 if len(lengths) == 1 else lengths
+            is_range = transform.is_range and lengths[0] != lengths[-1]  # one size is no range
+            found.append((lengths, transform.max_size, is_range))
+        else:
+            found.append(str(transform))
+    return found
 
 
 @pytest.mark.parametrize("name", ONE_STAGE)

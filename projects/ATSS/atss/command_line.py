@@ -7,6 +7,9 @@ from typing import Any, Callable
 
 import torch
 
+from detectron2.utils import comm
+from detectron2.utils.logger import setup_logger
+
 from .data import add_dataset_arguments
 from .launch import launch
 
@@ -59,7 +62,12 @@ def run(main: Callable[[argparse.Namespace], Any], args: argparse.Namespace) -> 
     """
     try:
         launch(
-            main, args.num_gpus, args.num_machines, args.machine_rank, args.dist_url, args=(args,)
+            _run_worker,
+            args.num_gpus,
+            args.num_machines,
+            args.machine_rank,
+            args.dist_url,
+            args=(main, args),
         )
     except _USER_ERRORS as error:
         logging.getLogger(__name__).debug("user error", exc_info=True)
@@ -70,3 +78,9 @@ def run(main: Callable[[argparse.Namespace], Any], args: argparse.Namespace) -> 
         if any(lines[-1].startswith(kind.__name__) for kind in _USER_ERRORS):
             sys.exit(lines[-1])
         raise
+
+
+def _run_worker(main: Callable[[argparse.Namespace], Any], args: argparse.Namespace) -> None:
+    # Before the config is read: what is said about data and classes must be seen.
+    setup_logger(distributed_rank=comm.get_rank(), name="atss")
+    main(args)

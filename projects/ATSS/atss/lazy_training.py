@@ -68,14 +68,19 @@ def apply_overrides(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
             raise ValueError(
                 f"Override {override!r} has no '='; write key=value, e.g. train.max_iter=1000."
             )
-        *path, name = key.lstrip("+").split(".")
-        parent = OmegaConf.select(cfg, ".".join(path)) if path else cfg
-        if isinstance(parent, DictConfig) and (name in parent or "_target_" in parent):
+        path = key.lstrip("+").split(".")
+        node, where = cfg, "the config"
+        for depth, name in enumerate(path):
+            if OmegaConf.is_list(node):
+                is_known = name.isdigit() and int(name) < len(node)
+            else:
+                is_known = isinstance(node, DictConfig) and name in node
+            if not is_known:
+                break
+            node, where = node[name], ".".join(path[: depth + 1])
+        if is_known or (isinstance(node, DictConfig) and "_target_" in node):
             continue
-        if OmegaConf.is_list(parent) and name.isdigit() and int(name) < len(parent):
-            continue
-        where = ".".join(path) or "the config"
-        known = sorted(parent) if isinstance(parent, DictConfig) else "nothing: no such node"
+        known = sorted(node) if isinstance(node, DictConfig) else "no keys below it"
         raise ValueError(f"Unknown config key {key!r}; {where} has {known}.")
     return LazyConfig.apply_overrides(cfg, list(overrides))
 
