@@ -29,8 +29,6 @@ $(STAMP): setup.py tools/install_detectron2.py tools/detectron2_mends.py
 	$(PY) -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --quiet --upgrade pip "setuptools<81" wheel
 	$(PY) -m pip install torch torchvision
-	$(PY) -m pip install ninja
-	$(PY) tools/install_detectron2.py
 	$(PY) -m pip install --no-build-isolation -e ".[dev]"
 	@if ! $(PY) -c "import cv2" 2>/dev/null; then \
 	    echo "opencv-python does not import here (libGL is missing): taking opencv-python-headless."; \
@@ -38,6 +36,9 @@ $(STAMP): setup.py tools/install_detectron2.py tools/detectron2_mends.py
 	    $(PY) -m pip install --quiet --force-reinstall --no-deps opencv-python-headless && \
 	    $(PY) -c "import cv2"; \
 	fi
+	@# After cv2, which Detectron2 imports; ninja builds its operators in parallel.
+	$(PY) -m pip install --quiet ninja
+	$(PY) tools/install_detectron2.py
 	$(PY) -c "import atss"
 	touch $(STAMP)
 

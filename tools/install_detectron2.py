@@ -88,7 +88,7 @@ def find_installed() -> Optional[str]:
     if result.returncode != 0:
         raise InstallError(
             f"the installed Detectron2 cannot be imported: {_last_line(result.stderr)}. "
-            "Run this with --source official or --source sdist to replace it."
+            "Mend that, or run this with --source official or --source sdist to replace Detectron2"
         )
     return _last_line(result.stdout)
 
