@@ -1,7 +1,6 @@
 """What do the command-line tools have in common? Options, several processes, short errors."""
 
 import argparse
-import logging
 import sys
 from typing import Any, Callable
 
@@ -70,7 +69,6 @@ def run(main: Callable[[argparse.Namespace], Any], args: argparse.Namespace) -> 
             args=(main, args),
         )
     except _USER_ERRORS as error:
-        logging.getLogger(__name__).debug("user error", exc_info=True)
         sys.exit(f"{type(error).__name__}: {error}")
     except torch.multiprocessing.ProcessRaisedException as error:
         # The last line of a worker's trace is its error.

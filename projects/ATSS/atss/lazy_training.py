@@ -77,7 +77,8 @@ def apply_overrides(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
                 is_known = isinstance(node, DictConfig) and name in node
             if not is_known:
                 break
-            node, where = node[name], ".".join(path[: depth + 1])
+            node = node[int(name)] if OmegaConf.is_list(node) else node[name]
+            where = ".".join(path[: depth + 1])
         if is_known or (isinstance(node, DictConfig) and "_target_" in node):
             continue
         known = sorted(node) if isinstance(node, DictConfig) else "no keys below it"
