@@ -38,9 +38,14 @@ def golden_cases(file: str) -> Iterator[Tuple[Dict, Dict[str, np.ndarray]]]:
     with np.load(GOLDEN / f"{file}.npz") as archive:
         for case in json.loads(str(archive["cases"])):
             prefix = case["name"] + "/"
-            yield case, {
-                key[len(prefix) :]: archive[key] for key in archive.files if key.startswith(prefix)
-            }
+            yield (
+                case,
+                {
+                    key[len(prefix) :]: archive[key]
+                    for key in archive.files
+                    if key.startswith(prefix)
+                },
+            )
 
 
 def grown(boxes) -> torch.Tensor:

@@ -79,7 +79,9 @@ def giou(box: Sequence[float], other: Sequence[float]) -> float:
     height = max(min(box[3], other[3]) - max(box[1], other[1]), 0)
     inner = width * height
     union = (
-        (box[2] - box[0]) * (box[3] - box[1]) + (other[2] - other[0]) * (other[3] - other[1]) - inner
+        (box[2] - box[0]) * (box[3] - box[1])
+        + (other[2] - other[0]) * (other[3] - other[1])
+        - inner
     )
     hull = (max(box[2], other[2]) - min(box[0], other[0])) * (
         max(box[3], other[3]) - min(box[1], other[1])
@@ -94,9 +96,7 @@ def centerness(anchor: Sequence[float], box: Sequence[float]) -> float:
     right, bottom = max(box[2] - x, 0), max(box[3] - y, 0)
     if max(left, right) == 0 or max(top, bottom) == 0:
         return 0.0
-    return math.sqrt(
-        min(left, right) / max(left, right) * min(top, bottom) / max(top, bottom)
-    )
+    return math.sqrt(min(left, right) / max(left, right) * min(top, bottom) / max(top, bottom))
 
 
 def binary_cross_entropy(logit: float, target: float) -> float:
@@ -105,9 +105,7 @@ def binary_cross_entropy(logit: float, target: float) -> float:
     return -target * math.log(p) - (1 - target) * math.log(1 - p)
 
 
-def nms(
-    boxes: np.ndarray, scores: np.ndarray, classes: np.ndarray, threshold: float
-) -> List[int]:
+def nms(boxes: np.ndarray, scores: np.ndarray, classes: np.ndarray, threshold: float) -> List[int]:
     """Greedy suppression per class; indices by falling score."""
     kept: List[int] = []
     for i in sorted(range(len(boxes)), key=lambda i: -scores[i]):

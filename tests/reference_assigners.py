@@ -141,7 +141,10 @@ def topk_rule(layout: Layout, topk, margin):
     result = []
     for boxes in layout.images:
         squares = [
-            [((s[0] - s[2]) / 2) ** 2 + ((s[1] - s[3]) / 2) ** 2 for s in (ltrb(a, box) for a in anchors)]
+            [
+                ((s[0] - s[2]) / 2) ** 2 + ((s[1] - s[3]) / 2) ** 2
+                for s in (ltrb(a, box) for a in anchors)
+            ]
             for box in boxes
         ]
         roots = np.sqrt(np.array(squares, dtype=np.float32))

@@ -100,8 +100,9 @@ def test_nearest_on_lattice_equals_a_full_search_far_outside_and_near_ties():
         # A hair off the middle between columns: there rounding can make neighbours tie.
         centers[:150] = (centers[:150] / 4).round() * 4
         centers[:100] += (torch.rand(100, 2, generator=generator) - 0.5) * 2e-3
-        fast, full = nearest_on_lattice(grid, centers, topk), nearest_anchors(
-            grid.boxes, centers, topk
+        fast, full = (
+            nearest_on_lattice(grid, centers, topk),
+            nearest_anchors(grid.boxes, centers, topk),
         )
         assert torch.equal(fast.anchor_idxs, full.anchor_idxs)
         assert torch.equal(fast.boxes, full.boxes)

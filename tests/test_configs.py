@@ -92,7 +92,9 @@ def test_yaml_and_python_twins_build_the_same_training(name):
         yaml.proposal_generator.anchor_generator.cell_anchors,
     ):
         torch.testing.assert_close(mine, other, rtol=0, atol=1e-4)
-    assert torch.equal(lazy.proposal_generator.head.bbox_pred.bias, yaml.proposal_generator.head.bbox_pred.bias)
+    assert torch.equal(
+        lazy.proposal_generator.head.bbox_pred.bias, yaml.proposal_generator.head.bbox_pred.bias
+    )
     assert torch.equal(lazy.pixel_mean, yaml.pixel_mean)
     assert torch.equal(lazy.pixel_std, yaml.pixel_std)
     assert lazy.input_format == yaml.input_format
@@ -140,9 +142,7 @@ def authors_names(name):
     name = name.replace("backbone.bottom_up.stem.", "backbone.body.stem.")
     for stage in range(2, 6):
         name = name.replace(f"backbone.bottom_up.res{stage}.", f"backbone.body.layer{stage - 1}.")
-    name = name.replace(".shortcut.norm.", ".downsample.1.").replace(
-        ".shortcut.", ".downsample.0."
-    )
+    name = name.replace(".shortcut.norm.", ".downsample.1.").replace(".shortcut.", ".downsample.0.")
     for conv in (1, 2, 3):
         name = name.replace(f".conv{conv}.norm.", f".bn{conv}.")
     for level in (3, 4, 5):
@@ -171,7 +171,9 @@ def test_rate_and_decay_of_every_parameter_are_those_of_the_authors_release():
     groups = group_summary(instantiate(cfg.optimizer), model)
     found = {authors_names(name): groups.get(name) for name, _ in model.named_parameters()}
     suffixes = {name.split("rpn.head.")[-1]: name for name in expected if "rpn" in name}
-    found = {suffixes.get(n.split("rpn.head.")[-1], n) if "rpn" in n else n: v for n, v in found.items()}
+    found = {
+        suffixes.get(n.split("rpn.head.")[-1], n) if "rpn" in n else n: v for n, v in found.items()
+    }
     assert set(found) == set(expected)
     for name, values in expected.items():
         assert found[name] == (None if values is None else pytest.approx(values)), name
@@ -191,7 +193,11 @@ def test_learning_rate_over_time_is_that_of_the_authors_release():
 def test_1x_recipe_is_section_4_of_the_paper():
     cfg = model_zoo.get_config("atss_R_50_FPN_1x")
     assert cfg.dataloader.train.total_batch_size == 16 and cfg.train.max_iter == 90000
-    assert (cfg.optimizer.lr, cfg.optimizer.momentum, cfg.optimizer.weight_decay) == (0.01, 0.9, 1e-4)
+    assert (cfg.optimizer.lr, cfg.optimizer.momentum, cfg.optimizer.weight_decay) == (
+        0.01,
+        0.9,
+        1e-4,
+    )
     resize = cfg.dataloader.train.mapper.augmentations[0]
     assert list(resize.short_edge_length) == [800] and resize.max_size == 1333
     model = cfg.model
@@ -264,7 +270,10 @@ def test_lazy_overrides_that_change_nothing_are_refused(override, words):
 @pytest.mark.parametrize(
     "overrides, words",
     [
-        (["MODEL.ATSS.TOPK", "3"], "Unknown config key 'MODEL.ATSS.TOPK'; MODEL.ATSS has .*ASSIGNER"),
+        (
+            ["MODEL.ATSS.TOPK", "3"],
+            "Unknown config key 'MODEL.ATSS.TOPK'; MODEL.ATSS has .*ASSIGNER",
+        ),
         (["SOLVER.MAX_ITER", "many"], "SOLVER.MAX_ITER cannot be 'many'"),
         (["SOLVER.MAX_ITER"], "KEY VALUE pairs"),
     ],

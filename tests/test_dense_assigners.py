@@ -4,6 +4,9 @@ import weakref
 
 import pytest
 import torch
+from atss.anchors import AnchorGrid, concatenate_anchors
+from atss.assigners import ATSSAssigner, IoUAssigner, SSCAssigner, TopKAssigner
+from atss.assigners.dense import chunks, pairwise_ious
 from reference_assigners import (
     golden_anchors,
     golden_cases,
@@ -17,9 +20,6 @@ from reference_assigners import (
 )
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from atss.anchors import AnchorGrid, concatenate_anchors
-from atss.assigners import ATSSAssigner, IoUAssigner, SSCAssigner, TopKAssigner
-from atss.assigners.dense import chunks, pairwise_ious
 from detectron2.structures import Boxes, pairwise_iou
 
 NUM_LAYOUTS = 500
@@ -184,9 +184,7 @@ def test_topk_gives_equal_overlaps_to_the_nearer_anchor():
 
 def test_topk_names_its_positives_in_sparse_form_exactly_once():
     layout = random_layout(7)
-    assignment = TopKAssigner(topk=3)(
-        grid_of(layout), [to_boxes(boxes) for boxes in layout.images]
-    )
+    assignment = TopKAssigner(topk=3)(grid_of(layout), [to_boxes(boxes) for boxes in layout.images])
     claims = assignment.claims
     images = claims.image_idxs.unsqueeze(1).expand_as(claims.anchor_idxs)[claims.is_won]
     slots = torch.stack((images, claims.anchor_idxs[claims.is_won]), dim=1)

@@ -77,7 +77,7 @@ def test_losses_of_a_batch_are_those_of_its_images_summed_by_hand():
     for name, weights in (
         ("loss_cls", positives), ("loss_centerness", positives), ("loss_box_reg", centers)
     ):  # fmt: skip
-        expected = sum(w * l[name].item() for w, l in zip(weights, alone)) / sum(weights)
+        expected = sum(w * losses[name].item() for w, losses in zip(weights, alone)) / sum(weights)
         assert together[name].item() == pytest.approx(expected, rel=1e-4), name
 
 

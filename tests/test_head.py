@@ -27,13 +27,17 @@ def test_head_gives_the_outputs_of_the_authors_release(case, fields):
     is_point = case["options"].get("REGRESSION_TYPE") == "POINT"
     for i in range(5):
         deltas = found.deltas[i].relu() if is_point else found.deltas[i]  # see the next test
-        for tensor, name in ((found.logits[i], "cls"), (deltas, "reg"), (found.centerness[i], "ctr")):
+        for tensor, name in (
+            (found.logits[i], "cls"),
+            (deltas, "reg"),
+            (found.centerness[i], "ctr"),
+        ):
             expected = torch.as_tensor(fields[f"{name}{i}"])
             torch.testing.assert_close(tensor, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_relu_of_points_acts_on_scaled_deltas_when_they_are_decoded():
-    # Scales are positive in practice, but a negative one tells ReLU(scale * x) from scale * ReLU(x).
+    # Scales are positive in practice; a negative one tells ReLU(scale * x) from scale * ReLU(x).
     head = ATSSHead(32, 1, num_levels=1, num_convs=0, level_scales=True, bbox_bias=4.0)
     torch.nn.init.zeros_(head.bbox_pred.weight)
     head.scales[0].scale.data.fill_(-0.5)
@@ -48,7 +52,10 @@ def test_relu_of_points_acts_on_scaled_deltas_when_they_are_decoded():
 def test_outputs_have_a_channel_per_anchor_and_value(num_anchors):
     head = ATSSHead(32, 5, num_anchors, num_levels=2, num_convs=1)
     found = head([torch.rand(2, 32, 4, 6), torch.rand(2, 32, 2, 3)])
-    assert [t.shape for t in found.logits] == [(2, num_anchors * 5, 4, 6), (2, num_anchors * 5, 2, 3)]
+    assert [t.shape for t in found.logits] == [
+        (2, num_anchors * 5, 4, 6),
+        (2, num_anchors * 5, 2, 3),
+    ]
     assert found.deltas[1].shape == (2, num_anchors * 4, 2, 3)
     assert found.centerness[0].shape == (2, num_anchors, 4, 6)
 

@@ -98,7 +98,9 @@ def test_parts_of_the_loss_are_those_of_the_authors_release():
             loss = DenseLoss(Box2BoxTransform(WEIGHTS), num_classes)
             level = logits.view(num_rows, num_classes, 1, 1)
             total = loss._class_loss([level], labels.view(num_rows, 1))
-            torch.testing.assert_close(total, torch.as_tensor(fields["loss_sum"]), rtol=1e-5, atol=0)
+            torch.testing.assert_close(
+                total, torch.as_tensor(fields["loss_sum"]), rtol=1e-5, atol=0
+            )
             total.backward()
             torch.testing.assert_close(
                 logits.grad, torch.as_tensor(fields["grad"]), rtol=0, atol=1e-6
@@ -157,9 +159,7 @@ def test_sparse_claims_and_dense_labels_give_the_same_losses(box_loss, with_cent
     grid = make_grid(96, 96)
     targets = make_targets(grid, [random_boxes(5, 96, 96), torch.zeros(0, 4)], 4)
     dense = Targets(targets.labels, targets.boxes)
-    loss = DenseLoss(
-        Box2BoxTransform(WEIGHTS), 4, box_loss=box_loss, centerness=with_centerness
-    )
+    loss = DenseLoss(Box2BoxTransform(WEIGHTS), 4, box_loss=box_loss, centerness=with_centerness)
     predictions = random_predictions(grid, 2, 4, requires_grad=True)
     both = []
     for kind in (targets, dense):
@@ -193,7 +193,9 @@ def test_without_centerness_positives_count_alike():
     assert set(losses) == {"loss_cls", "loss_box_reg"}
     anchors = torch.cat([b.tensor for b in grid.boxes])
     positive = targets.labels[0] < 4
-    boxes = Box2BoxTransform(WEIGHTS).apply_deltas(flatten_levels(predictions.deltas, 1)[0], anchors)
+    boxes = Box2BoxTransform(WEIGHTS).apply_deltas(
+        flatten_levels(predictions.deltas, 1)[0], anchors
+    )
     values = [
         1 - giou(boxes[i].tolist(), targets.boxes[0, i].tolist())
         for i in positive.nonzero().flatten()

@@ -20,7 +20,9 @@ def test_detections_are_those_of_the_authors_release(case, fields):
     # The release's boxes in inclusive pixels: (x1, y1, x2, y2) is our (x1, y1, x2 + 1, y2 + 1), and
     # our decoded boxes, from grown anchors, lie half a pixel up and left of those.
     grid = golden_grid(fields)
-    maps = ([torch.as_tensor(fields[f"{name}{i}"]) for i in range(5)] for name in ("cls", "reg", "ctr"))
+    maps = (
+        [torch.as_tensor(fields[f"{name}{i}"]) for i in range(5)] for name in ("cls", "reg", "ctr")
+    )
     sizes = [tuple(int(v) for v in size) for size in fields["image_sizes"]]
     found = detect(
         DensePredictions(*maps), grid.boxes, sizes, DECODE,
@@ -71,25 +73,22 @@ def random_predictions(grid, num_images, num_classes):
 def test_detections_agree_with_loops(topk, most):
     grid, size = make_grid(64, 96), (60, 90)
     predictions = random_predictions(grid, 1, 3)
-    (found,) = detect(
-        predictions, grid.boxes, [size], DECODE, topk=topk, max_detections=most
-    )
+    (found,) = detect(predictions, grid.boxes, [size], DECODE, topk=topk, max_detections=most)
     levels = []
     for i, anchors in enumerate(grid.boxes):
         logits, deltas, ctr = (flatten_level(maps[i], 1)[0] for maps in predictions)
         boxes = DECODE(deltas, anchors.tensor)
-        boxes = torch.stack(
-            [boxes[:, j].clamp(0, size[1 - j % 2]) for j in range(4)], dim=1
-        )
+        boxes = torch.stack([boxes[:, j].clamp(0, size[1 - j % 2]) for j in range(4)], dim=1)
         area = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
         logits[area == 0] = -20  # wholly outside
-        levels.append(
-            (logits.sigmoid().numpy(), ctr.sigmoid().squeeze(1).numpy(), boxes.numpy())
-        )
+        levels.append((logits.sigmoid().numpy(), ctr.sigmoid().squeeze(1).numpy(), boxes.numpy()))
     expected = detections(levels, topk=topk, max_detections=most)
     assert len(found) == len(expected) > 0.7 * most
     torch.testing.assert_close(
-        found.pred_boxes.tensor, torch.as_tensor(np.stack([b for b, _, _ in expected])), rtol=0, atol=1e-3
+        found.pred_boxes.tensor,
+        torch.as_tensor(np.stack([b for b, _, _ in expected])),
+        rtol=0,
+        atol=1e-3,
     )
     np.testing.assert_allclose(found.scores, [s for _, s, _ in expected], rtol=1e-5)
     assert found.pred_classes.tolist() == [k for _, _, k in expected]

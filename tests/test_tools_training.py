@@ -1,4 +1,4 @@
-"""The training tools as a user runs them: real processes, real files, two small images at a time."""
+"""The training tools as a user runs them: real processes, real files, two small images a step."""
 
 import json
 import os
@@ -132,8 +132,13 @@ def test_two_processes_equal_one_with_the_same_global_batch(data, tmp_path):
         arguments = arguments_for(tool, output, data, 4)
         where = arguments.index(TINY_LAZY[0])
         arguments[where:where] = ["--num-gpus", processes]
-        seeded = [*common, "dataloader.train.sampler._target_=detectron2.data.samplers.TrainingSampler",
-                  "dataloader.train.sampler.size=10", "dataloader.train.sampler.seed=5"]  # fmt: skip
+        sampler = "dataloader.train.sampler"
+        seeded = [
+            *common,
+            f"{sampler}._target_=detectron2.data.samplers.TrainingSampler",
+            f"{sampler}.size=10",
+            f"{sampler}.seed=5",
+        ]
         initial = [f"train.init_checkpoint={tmp_path / 'initial.pth'}"]
         if processes == 1:
             make_initial_weights(tmp_path / "initial.pth")
@@ -170,7 +175,9 @@ def make_initial_weights(file):
     ],
 )
 def test_mistakes_end_in_one_line_and_exit_code_one(tool, overrides, words, data, tmp_path):
-    text = run_tool(tool, arguments_for(tool, tmp_path / "out", data, 2, *overrides), tmp_path, False)
+    text = run_tool(
+        tool, arguments_for(tool, tmp_path / "out", data, 2, *overrides), tmp_path, False
+    )
     last = text.strip().splitlines()[-1]
     assert all(word in last for word in words), text[-1500:]
 
@@ -179,7 +186,9 @@ def test_weights_of_something_else_are_refused(data, tmp_path):
     torch.save({"model": {"fc.weight": torch.zeros(2, 2)}}, tmp_path / "other.pth")
     tool = "lazyconfig_train_net"
     overrides = [f"train.init_checkpoint={tmp_path / 'other.pth'}"]
-    text = run_tool(tool, arguments_for(tool, tmp_path / "out", data, 2, *overrides), tmp_path, False)
+    text = run_tool(
+        tool, arguments_for(tool, tmp_path / "out", data, 2, *overrides), tmp_path, False
+    )
     assert "match no parameter" in text.strip().splitlines()[-1], text[-1500:]
 
 
@@ -200,7 +209,13 @@ def test_demo_leaves_pictures_and_checkpoint(tmp_path):
         tmp_path,
     )  # fmt: skip
     assert "AP50" in text and "Try next" in text
-    for name in ("detections.png", "positives.png", "curves.png", "metrics.json", "model_final.pth"):
+    for name in (
+        "detections.png",
+        "positives.png",
+        "curves.png",
+        "metrics.json",
+        "model_final.pth",
+    ):
         assert (tmp_path / "demo" / name).stat().st_size > 0, name
 
 

@@ -7,12 +7,10 @@ import subprocess
 import sys
 import time
 
+import atss.toy_shapes
 import cv2
 import numpy as np
 import pytest
-from pycocotools import mask as mask_api
-
-import atss.toy_shapes
 from atss.toy_shapes import (
     MAX_CLASSES,
     OUTLINES,
@@ -25,6 +23,7 @@ from atss.toy_shapes import (
     render_scene,
     split_paths,
 )
+from pycocotools import mask as mask_api
 
 SMALL = ToyShapesOptions(num_train=6, num_val=3)
 

@@ -2,8 +2,8 @@
 """Train ATSS and Detectron2's own RetinaNet and FCOS on the embedded shapes for the same time.
 
 Same backbone, pyramid, channels and number of head convolutions, data, batch, optimizer, schedule
-shape and precision; each gets the same wall time, so a faster step means more iterations. FCOS needs
-Detectron2 0.6 or newer.
+shape and precision; each gets the same wall time, so a faster step means more iterations. FCOS
+needs Detectron2 0.6 or newer.
 
     python tools/compare_toy.py --seconds 200 --output output/compare_toy
 """

@@ -4,6 +4,8 @@
     python tools/demo.py                     # output/demo: checkpoint, metrics.json, pictures
     python tools/demo.py --quick             # the same in about a minute, to see that it works
     python tools/demo.py model.assigner.topk=15 --output output/k15
+
+Every key=value overrides the config.
 """
 
 import argparse

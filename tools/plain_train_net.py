@@ -78,9 +78,7 @@ def do_train(cfg, resume):
                     if not all(torch.isfinite(torch.tensor(v)) for v in reduced.values()):
                         raise FloatingPointError(f"Loss at iteration {iteration}: {reduced}")
                     storage.put_scalars(total_loss=sum(reduced.values()), **reduced)
-                    storage.put_scalar(
-                        "lr", optimizer.param_groups[0]["lr"], smoothing_hint=False
-                    )
+                    storage.put_scalar("lr", optimizer.param_groups[0]["lr"], smoothing_hint=False)
             scheduler.step()
 
             if (cfg.train.eval_period and (iteration + 1) % cfg.train.eval_period == 0) or is_last:

@@ -24,9 +24,7 @@ dataloader.train = L(build_detection_train_loader)(
     mapper=L(DatasetMapper)(
         is_train=True,
         augmentations=[
-            L(T.ResizeShortestEdge)(
-                short_edge_length=[800], sample_style="choice", max_size=1333
-            ),
+            L(T.ResizeShortestEdge)(short_edge_length=[800], sample_style="choice", max_size=1333),
             L(T.RandomFlip)(horizontal=True),
         ],
         image_format="BGR",

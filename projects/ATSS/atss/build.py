@@ -27,7 +27,7 @@ __all__ = [
 
 ASSIGNER_REGISTRY = Registry("ATSS_ASSIGNER")
 ASSIGNER_REGISTRY.__doc__ = """
-Rules of axis 1, `(anchors, gt_boxes) -> Assignment`, by the name that MODEL.ATSS.ASSIGNER.NAME says.
+Rules of axis 1, `(anchors, gt_boxes) -> Assignment`, by the name in MODEL.ATSS.ASSIGNER.NAME.
 Register your own to use it from YAML; a LazyConfig just names the class.
 """
 for _assigner in (ATSSAssigner, IoUAssigner, SSCAssigner, TopKAssigner):
@@ -140,10 +140,12 @@ def _build_proposal_selector(cfg) -> ProposalSelector:
 
 
 def _arguments(node: Mapping[str, Any]) -> Dict[str, Any]:
-    return {key.lower(): value for key, value in node.items() if key != "NAME" and value is not None}
+    return {
+        key.lower(): value for key, value in node.items() if key != "NAME" and value is not None
+    }
 
 
-def _build(registry: Registry, node, path: str, defaults: Mapping[str, Any] = {}):  # noqa: B006
+def _build(registry: Registry, node, path: str, defaults: Mapping[str, Any] = {}):
     """Instantiate what a node names; its keys that are not None are keyword arguments."""
     known = [name for name, _ in registry]
     if node.NAME not in known:

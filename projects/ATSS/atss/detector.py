@@ -79,8 +79,8 @@ class ATSSDetector(nn.Module):
 
         Args:
             batched_inputs: N dicts of Detectron2's `DatasetMapper`: "image" (C, H, W) in 0..255, in
-                training "instances" with `gt_boxes` (pixels of the image) and `gt_classes`; "height"
-                and "width" tell the size that detections are wanted in.
+                training "instances" with `gt_boxes` (pixels of the image) and `gt_classes`;
+                "height" and "width" tell the size that detections are wanted in.
 
         Returns:
             In training, dict of losses. In evaluation, N dicts {"instances": `Instances`} with

@@ -1,7 +1,7 @@
 """How far are points from boxes, and boxes from boxes?
 
-The few formulas that assigners, losses and targets share. All of them are elementwise and broadcast,
-in float32 pixels of Detectron2's continuous coordinates: a box is (x1, y1, x2, y2), its width
+The few formulas that assigners, losses and targets share. All are elementwise and broadcast, in
+float32 pixels of Detectron2's continuous coordinates: a box is (x1, y1, x2, y2), its width
 x2 - x1.
 """
 

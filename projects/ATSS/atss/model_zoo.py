@@ -32,7 +32,9 @@ def list_configs() -> List[str]:
     root = _config_root()
     files = (path.relative_to(root) for path in root.rglob("*.py"))
     return sorted(
-        str(path.with_suffix("")).replace(os.sep, "/") for path in files if path.parts[0] != "common"
+        str(path.with_suffix("")).replace(os.sep, "/")
+        for path in files
+        if path.parts[0] != "common"
     )
 
 

@@ -24,7 +24,7 @@ class Targets:
 
     Attributes:
         labels: (N, R) int64 class of each anchor: 0..K-1, K for background, -1 for ignore.
-        boxes: (N, R, 4) box of the object each positive learns, xyxy in pixels; undefined elsewhere.
+        boxes: (N, R, 4) box of the object each positive learns, xyxy in pixels; else undefined.
         claims: the positives in sparse form where the assigner gives one, so that losses of
             positives need not visit all anchors; else None.
     """
@@ -77,8 +77,8 @@ def centerness_targets(anchors: Tensor, boxes: Tensor) -> Tensor:
         boxes: (..., 4) object boxes xyxy in pixels.
 
     Returns:
-        (...) sqrt(min(l, r) / max(l, r) * min(t, b) / max(t, b)) in [0, 1]: 1 in the middle, 0 on an
-        edge. Distances are clamped at 0, so a centre outside has 0, where the plain formula has NaN.
+        (...) sqrt(min(l, r) / max(l, r) * min(t, b) / max(t, b)) in [0, 1]: 1 in the middle, 0 on
+        an edge. Distances are clamped at 0: a centre outside has 0, not the plain formula's NaN.
     """
     distances = ltrb_distances(box_centers(anchors), boxes).clamp(min=0)
     least = torch.minimum(distances[..., :2], distances[..., 2:])

@@ -84,7 +84,9 @@ class StepTrainer(SimpleTrainer):
         super().__init__(model, data_loader, optimizer)
         self.dtype = dtype
         self.device_type = next(model.parameters()).device.type
-        scaler = getattr(torch.amp, "GradScaler", torch.cuda.amp.GradScaler)  # torch < 2.3 has the latter
+        scaler = getattr(
+            torch.amp, "GradScaler", torch.cuda.amp.GradScaler
+        )  # torch < 2.3 has the latter
         self.grad_scaler = scaler() if dtype == torch.float16 else None
 
     def run_step(self) -> None:

@@ -1,7 +1,7 @@
 """What did the detector see, and what was it told to learn?
 
-Pictures are (H, W, 3) uint8 arrays in BGR, OpenCV's order, so they can be written with `cv2.imwrite`
-as they are.
+Pictures are (H, W, 3) uint8 arrays in BGR, OpenCV's order, so `cv2.imwrite` can write them as
+they are.
 """
 
 from typing import Dict, List, Optional, Sequence, Tuple, Union
@@ -16,7 +16,14 @@ from .anchors import AnchorGrid
 from .assigners import Assignment
 from .geometry import box_centers
 
-__all__ = ["draw_assignment", "draw_boxes", "draw_detections", "plot_training", "tile", "with_title"]
+__all__ = [
+    "draw_assignment",
+    "draw_boxes",
+    "draw_detections",
+    "plot_training",
+    "tile",
+    "with_title",
+]
 
 _FONT = cv2.FONT_HERSHEY_SIMPLEX
 # Distinct on dark and light ground, BGR.
@@ -59,9 +66,7 @@ def draw_boxes(
             top = max(y1 - height - base, 0)
             left = min(max(x1, 0), max(picture.shape[1] - width, 0))
             cv2.rectangle(picture, (left, top), (left + width, top + height + base), color, -1)
-            cv2.putText(
-                picture, text, (left, top + height), _FONT, 0.33, (0, 0, 0), 1, cv2.LINE_AA
-            )
+            cv2.putText(picture, text, (left, top + height), _FONT, 0.33, (0, 0, 0), 1, cv2.LINE_AA)
     return picture
 
 
@@ -191,9 +196,7 @@ def tile(images: Sequence[np.ndarray], columns: int, gap: int = 4) -> np.ndarray
     width = max(image.shape[1] for image in images)
     rows = -(-len(images) // columns)
     columns = min(columns, len(images))
-    sheet = np.full(
-        (rows * (height + gap) - gap, columns * (width + gap) - gap, 3), 255, np.uint8
-    )
+    sheet = np.full((rows * (height + gap) - gap, columns * (width + gap) - gap, 3), 255, np.uint8)
     for i, image in enumerate(images):
         y, x = (i // columns) * (height + gap), (i % columns) * (width + gap)
         sheet[y : y + image.shape[0], x : x + image.shape[1]] = image

@@ -213,7 +213,7 @@ def _first_heads_dense(boxes: Tensor, heads: Tensor, head_idxs: Tensor, thresh: 
         pairs = inter / (head_areas + box_areas(rows)[:, None] - inter)
         is_joined = pairs >= thresh
         first = is_joined.to(torch.uint8).argmax(dim=1)
-        # NMS found a head for every member. Should its rounding differ, on a GPU, the nearest is it.
+        # NMS found a head for every member. Should a GPU's rounding differ, the nearest is it.
         nearest = pairs.nan_to_num(nan=0.0).argmax(dim=1)
         first = torch.where(is_joined.any(dim=1), first, nearest)
         group.append(head_idxs[first])

@@ -27,8 +27,9 @@ class ATSSAssigner:
     reach it and whose centre lies inside the object are positive. An anchor claimed by several
     objects goes to the highest IoU, then to the earlier object.
 
-    On an `AnchorGrid` the work depends on objects and k only, not on the image; no objects-by-anchors
-    matrix is built and nothing waits for the GPU. A plain list of `Boxes` is searched whole.
+    On an `AnchorGrid` the work depends on objects and k only, not on the image; no matrix of
+    objects by anchors is built and nothing waits for the GPU. A plain list of `Boxes` is searched
+    whole.
 
     Args:
         topk: k, locations per level (Table 4). A level with fewer gives all it has.

@@ -5,7 +5,7 @@ The first half of ATSS's rule. On a lattice the answer is computed from the posi
 """
 
 import itertools
-from functools import lru_cache
+from functools import cache
 from typing import List, NamedTuple, Sequence, Tuple
 
 import torch
@@ -121,7 +121,7 @@ def nearest_anchors(anchors: Sequence[Boxes], centers: Tensor, topk: int) -> Can
     return Candidates(torch.cat(anchor_idxs, dim=1), torch.cat(boxes, dim=1))
 
 
-@lru_cache(maxsize=None)
+@cache
 def _window_ranks(topk: int) -> Tuple[Tuple[int, ...], Tuple[int, ...]]:
     """Pairs (rank by |dx|, rank by |dy|), from 0, of the locations that can be among the k nearest.
 

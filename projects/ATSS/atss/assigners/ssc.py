@@ -88,7 +88,9 @@ class SSCAssigner:
                 "model.assigner.size_ranges one range per level."
             )
         centers = box_centers(concatenate_anchors(anchors))  # (R, 2)
-        least, largest = (_spread(bound, counts, centers.device) for bound in zip(*self.size_ranges))
+        least, largest = (
+            _spread(bound, counts, centers.device) for bound in zip(*self.size_ranges)
+        )
         radius = None
         if self.center_sampling_radius is not None:
             strides = anchors.strides if isinstance(anchors, AnchorGrid) else self.strides
@@ -156,7 +158,7 @@ class SSCAssigner:
 
 
 def _first_true(wants: Tensor) -> Tuple[Tensor, Tensor]:
-    """First row that is true in each column of (M, r): its index (r,), 0 if none, and whether any."""
+    """First true row in each column of (M, r): its index (r,), 0 if none, and whether any."""
     num_rows = len(wants)
     rows = torch.arange(num_rows, device=wants.device, dtype=torch.int32).unsqueeze(1)
     # Not argmax: on a GPU it may return any of several equal values.
@@ -183,8 +185,8 @@ def _check_ranges(size_ranges: Sequence[Tuple[float, float]]) -> Tuple[Tuple[flo
     for (start, largest), (least, _) in zip(ranges, ranges[1:]):
         if least > largest:
             raise ValueError(
-                f"SSCAssigner's size_ranges leave a gap: a level ends at {largest:g} px, the next "
-                f"starts at {least:g} px, and objects of a size in between would have no level. Let "
+                f"SSCAssigner's size_ranges leave a gap: a level ends at {largest:g} px, the "
+                f"next starts at {least:g} px, and objects of a size in between have no level. Let "
                 f"each range start where the one before ends. {where}"
             )
         if least < start:

@@ -20,7 +20,7 @@ def check_files_exist(files: Iterable[str], source: PathLike) -> None:
     missing = [file for file in files if "://" not in file and not os.path.isfile(file)]
     if missing:
         raise FileNotFoundError(
-            f"{len(missing)} image files of {source} are missing: {shorten(missing)}."
+            f"Image files of {source} are missing ({len(missing)}): {shorten(missing)}."
         )
 
 

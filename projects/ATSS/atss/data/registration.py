@@ -129,6 +129,8 @@ def register_from_arguments(
             "--val-json without --train-json: give --train-json and --train-images to train on "
             "your own data, or --eval-only to evaluate."
         )
+    if eval_only and not val_files:
+        raise ValueError("--eval-only on your own data needs --val-json and --val-images.")
     sources = []
     if train_files:
         sources.append((train_files[0], register_coco_json(OWN_TRAIN, *train_files).class_names))
