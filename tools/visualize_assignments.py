@@ -46,6 +46,7 @@ def parse_arguments(arguments=None) -> argparse.Namespace:
     parser.add_argument("--json", metavar="FILE", help="COCO annotations instead of the toy set")
     parser.add_argument("--images", metavar="FOLDER", help="folder of the images of --json")
     parser.add_argument("--index", type=int, default=None, help="which image of the set, from 0")
+    parser.add_argument("--zoom", type=float, default=1.0, help="size of the picture, 0.5 is half")
     parser.add_argument("--output", default="output/assignments.png", metavar="FILE")
     return parser.parse_args(arguments)
 
@@ -93,7 +94,8 @@ def draw(args: argparse.Namespace):
             image, anchors.boxes[: args.levels], assignment, gt_boxes, level_names=names
         )
         rows.append(with_title(row, title))
-    return tile(rows, columns=1, gap=8)
+    picture = tile(rows, columns=1, gap=8)
+    return cv2.resize(picture, None, fx=args.zoom, fy=args.zoom, interpolation=cv2.INTER_AREA)
 
 
 def main(args: argparse.Namespace) -> None:

@@ -78,7 +78,7 @@ def draw_detections(
     pred_classes: Sequence[int],
     scores: Sequence[float],
     class_names: Sequence[str],
-    score_thresh: float = 0.3,
+    score_thresh: float = 0.5,
 ) -> np.ndarray:
     """Ground truth on the left, detections on the right.
 
