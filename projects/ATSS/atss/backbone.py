@@ -9,7 +9,7 @@ from fvcore.nn import weight_init
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from detectron2.layers import Conv2d, ShapeSpec
+from detectron2.layers import Conv2d, FrozenBatchNorm2d, ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY
 from detectron2.modeling.backbone import FPN, BasicStem, ResNet
 from detectron2.modeling.backbone.fpn import LastLevelP6P7
@@ -117,6 +117,7 @@ def resnet_fpn(
     deform_modulated: bool = True,
     deform_num_groups: int = 1,
     in_features: Sequence[str] = ("res3", "res4", "res5"),
+    frozen_bn_eps: float = 1e-5,
 ) -> FPN:
     """Backbone with feature maps "p3" to "p7" (strides 8 to 128), and "p2" for two-stage models.
 
@@ -138,6 +139,7 @@ def resnet_fpn(
             paper: from res3 in ResNet, from res4 in ResNeXt.
         deform_modulated, deform_num_groups: see `DeformBottleneckBlock`.
         in_features: stages that get a pyramid level; with "res2" in front there is a "p2".
+        frozen_bn_eps: added to the variance of "FrozenBN"; the authors' release has 0.
 
     Returns:
         Detectron2's `FPN`; its parameters have Detectron2's names, so zoo weights load.
@@ -190,6 +192,9 @@ def resnet_fpn(
         out_features=list(in_features),
         freeze_at=freeze_at,
     )
+    for module in bottom_up.modules():
+        if isinstance(module, FrozenBatchNorm2d):
+            module.eps = frozen_bn_eps
     return FPN(
         bottom_up,
         in_features=list(in_features),
@@ -220,4 +225,5 @@ def build_atss_resnet_fpn_backbone(cfg, input_shape: ShapeSpec) -> FPN:
         deform_modulated=resnets.DEFORM_MODULATED,
         deform_num_groups=resnets.DEFORM_NUM_GROUPS,
         in_features=cfg.MODEL.FPN.IN_FEATURES or ["res3", "res4", "res5"],
+        frozen_bn_eps=cfg.MODEL.ATSS.FROZEN_BN_EPS,
     )

@@ -20,6 +20,7 @@ def add_atss_config(cfg: CN) -> None:
     atss.NUM_CLASSES = 80
     atss.IN_FEATURES = ["p3", "p4", "p5", "p6", "p7"]
     atss.RELU_BEFORE_P7 = True
+    atss.FROZEN_BN_EPS = 1e-5
 
     # Axis 1: which anchors are positive.
     atss.ASSIGNER = CN()

@@ -1,0 +1,223 @@
+"""What do the weights of another code base become here, and back?"""
+
+import math
+import re
+from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Tuple
+
+import torch
+from torch import Tensor
+
+from .files import CheckpointError
+from .rules import translate
+from .sources import SOURCES, overrides_of
+
+__all__ = ["Converted", "convert_checkpoint", "detect_source", "num_classes_of", "rehead"]
+
+_HEAD = "proposal_generator.head."
+_OURS = "atss"
+_TOWER_CONV = re.compile(r"(proposal_generator\.head\.(?:cls|bbox)_tower\.\d+)\.weight")
+
+
+class Converted(NamedTuple):
+    """Weights in other names.
+
+    Attributes:
+        state_dict: parameters and buffers by their new names.
+        overrides: config entries that belong to the weights, by their dotted names in a LazyConfig
+            ("model.box_offset"); empty on the way back.
+        dropped: names that have no place on the other side, each with the reason.
+    """
+
+    state_dict: Dict[str, Tensor]
+    overrides: Dict[str, Any]
+    dropped: Dict[str, str]
+
+
+def detect_source(checkpoint: Mapping[str, Any]) -> Optional[str]:
+    """Name of the code base whose parameter names these are: "author", "mmdet", "torchvision",
+    "atss" for our own, or None.
+
+    Args:
+        checkpoint: a state dict, bare or wrapped in "model" or "state_dict".
+    """
+    names = list(_unwrap(checkpoint))
+    if any(name.startswith(("proposal_generator.", "backbone.bottom_up.")) for name in names):
+        return _OURS
+    for source in SOURCES.values():
+        if all(any(re.fullmatch(mark, name) for name in names) for mark in source.marks):
+            return source.name
+    return None
+
+
+def convert_checkpoint(
+    state_dict: Mapping[str, Any], source: str = "auto", target: str = "atss"
+) -> Converted:
+    """Weights of another code base in our names, or ours in theirs.
+
+    Values are passed on, not changed and not copied; only one-element scales change their shape.
+    mmdetection's towers have no bias: they get one of zeros, which computes the same, so that every
+    source fits the same model.
+
+    Args:
+        state_dict: parameters by name, bare or wrapped in "model" or "state_dict", with or without
+            "module." in front of the names. Not changed.
+        source: "author", "mmdet", "torchvision", "atss", or "auto" to recognise it.
+        target: "atss"; or, for weights in our names, "author" or "mmdet".
+
+    Returns:
+        `Converted`.
+
+    Raises:
+        CheckpointError: a `ValueError`, if the source is not recognised, or a name is neither
+            mapped nor known as dispensable: then it is another architecture.
+        ValueError: for an unknown source or target.
+    """
+    weights = _unwrap(state_dict)
+    found = detect_source(weights)
+    known = [_OURS, *SOURCES]
+    if source not in ("auto", *known):
+        raise ValueError(f"Unknown source {source!r} of weights; known are {['auto', *known]}.")
+    if target not in (_OURS, "author", "mmdet"):
+        raise ValueError(f"Unknown target {target!r}; known are 'atss', 'author' and 'mmdet'.")
+    if source == "auto":
+        if found is None:
+            raise CheckpointError(
+                f"These are not weights of an ATSS detector or a ResNet: names are such as "
+                f"{sorted(weights)[:3]}; known are those of {_titles()}."
+            )
+        source = found
+    if source == _OURS:
+        if target == _OURS:
+            return Converted(dict(weights), {}, {})
+        return _from_ours(weights, target)
+    if target != _OURS:
+        raise ValueError(
+            f"Weights of {source!r} become 'atss', not {target!r}; convert them in two steps."
+        )
+    return _to_ours(weights, source)
+
+
+def num_classes_of(state_dict: Mapping[str, Tensor]) -> Optional[int]:
+    """K of weights in our names; None if they have no head."""
+    logits, deltas = (state_dict.get(f"{_HEAD}{name}.bias") for name in ("cls_logits", "bbox_pred"))
+    if logits is None or deltas is None:
+        return None
+    return len(logits) // (len(deltas) // 4)
+
+
+def rehead(
+    state_dict: Mapping[str, Tensor], num_classes: int, prior_prob: float = 0.01
+) -> Tuple[Dict[str, Tensor], List[str]]:
+    """Weights for another number of classes: the class predictor starts anew, the same every time.
+
+    Args:
+        state_dict: in our names.
+        num_classes: K wanted.
+        prior_prob: initial class probability.
+
+    Returns:
+        A new dict, and the names that were re-initialised (none if K is the same).
+
+    Raises:
+        ValueError: for weights without a head, or fewer than one class.
+    """
+    present = num_classes_of(state_dict)
+    if present is None:
+        raise ValueError("These weights have no ATSS head, so no classes to change.")
+    if num_classes < 1:
+        raise ValueError(f"A detector needs at least one class, got {num_classes}.")
+    weights = dict(state_dict)
+    if present == num_classes:
+        return weights, []
+    names = [f"{_HEAD}cls_logits.weight", f"{_HEAD}cls_logits.bias"]
+    weight, bias = (weights[name] for name in names)
+    num_logits = len(bias) // present * num_classes
+    generator = torch.Generator().manual_seed(0)
+    weights[names[0]] = torch.empty(num_logits, *weight.shape[1:], dtype=weight.dtype).normal_(
+        std=0.01, generator=generator
+    )
+    weights[names[1]] = bias.new_full((num_logits,), -math.log((1 - prior_prob) / prior_prob))
+    return weights, names
+
+
+def _unwrap(checkpoint: Mapping[str, Any]) -> Dict[str, Tensor]:
+    for key in ("model", "state_dict"):
+        if isinstance(checkpoint, Mapping) and isinstance(checkpoint.get(key), Mapping):
+            checkpoint = checkpoint[key]
+    if not isinstance(checkpoint, Mapping) or not checkpoint:
+        raise CheckpointError(
+            f"A checkpoint needs to be a dict of tensors by name, got {type(checkpoint).__name__}."
+        )
+    weights = {}
+    for name, value in checkpoint.items():
+        if not isinstance(value, Tensor):
+            try:
+                value = torch.as_tensor(value)
+            except (TypeError, ValueError, RuntimeError) as error:
+                raise CheckpointError(
+                    f"A checkpoint needs tensors, but {name!r} is a {type(value).__name__}."
+                ) from error
+        weights[re.sub(r"^(module\.)+", "", str(name))] = value
+    return weights
+
+
+def _to_ours(weights: Dict[str, Tensor], name: str) -> Converted:
+    source = SOURCES[name]
+    state_dict: Dict[str, Tensor] = {}
+    dropped: Dict[str, str] = {}
+    unknown = []
+    for key, value in weights.items():
+        reason = _reason_to_drop(key, source.dropped)
+        found = None if reason else translate(key, source.rules, to_ours=True)
+        if reason:
+            dropped[key] = reason
+        elif found is None:
+            unknown.append(key)
+        else:
+            ours, rule = found
+            state_dict[ours] = value.reshape(rule.reshape[1]) if rule.reshape else value
+    if unknown or not state_dict:
+        raise CheckpointError(
+            f"These are not weights of an ATSS detector of {source.title}: it has no "
+            f"{unknown[:3] or 'known names'} ({len(unknown)} unknown of {len(weights)} names)."
+        )
+    if name == "mmdet":
+        for key, value in list(state_dict.items()):
+            tower = _TOWER_CONV.fullmatch(key)
+            if tower and value.dim() == 4:
+                state_dict.setdefault(f"{tower.group(1)}.bias", value.new_zeros(len(value)))
+    return Converted(state_dict, overrides_of(name, state_dict), dropped)
+
+
+def _from_ours(weights: Dict[str, Tensor], target: str) -> Converted:
+    source = SOURCES[target]
+    state_dict: Dict[str, Tensor] = {}
+    dropped: Dict[str, str] = {}
+    for key, value in weights.items():
+        reason = _reason_to_drop(key, (*source.dropped, (r"pixel_(mean|std)", "is in the config")))
+        if target == "mmdet" and key.endswith(".bias"):
+            conv = _TOWER_CONV.fullmatch(key[: -len("bias")] + "weight")
+            if conv and weights[conv.group(0)].dim() == 4:
+                if value.any():
+                    raise CheckpointError(
+                        f"{key!r} is not zero, but mmdetection's tower convolutions have no bias. "
+                        "Train with model.head.conv_bias=False to convert to mmdetection."
+                    )
+                reason = "is zero; mmdetection's tower convolutions have no bias"
+        found = None if reason else translate(key, source.rules, False, weights)
+        if reason:
+            dropped[key] = reason
+        elif found is None:
+            raise CheckpointError(f"{key!r} has no name in {source.title}.")
+        else:
+            theirs, rule = found
+            state_dict[theirs] = value.reshape(rule.reshape[0]) if rule.reshape else value
+    return Converted(state_dict, {}, dropped)
+
+
+def _reason_to_drop(name: str, dropped) -> Optional[str]:
+    return next((reason for pattern, reason in dropped if re.fullmatch(pattern, name)), None)
+
+
+def _titles() -> str:
+    return ", ".join(source.title for source in SOURCES.values())

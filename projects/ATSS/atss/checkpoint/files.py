@@ -1,0 +1,169 @@
+"""How are checkpoint files read and written without harm?
+
+Reading a pickle can run whatever code its author chose. `.pth` files are read as tensors and
+plain values only; `.pkl` files of Detectron2's zoo, which hold numpy arrays, are checked before.
+"""
+
+import hashlib
+import os
+import pickle
+import re
+import tempfile
+from typing import Any, Dict
+
+import torch
+
+from detectron2.utils.file_io import PathManager
+
+__all__ = ["CheckpointError", "check_pickle", "fetch", "read_checkpoint", "write_checkpoint"]
+
+_HASH_SUFFIX = re.compile(r"-([0-9a-f]{8,64})\.pth$")
+_NEEDS_CODE = ("GLOBAL", "Unsupported class", "was not an allowed global", "Unsupported operand")
+# What numpy needs to rebuild arrays; none of it runs code of the file.
+_HARMLESS = {
+    ("_codecs", "encode"),
+    ("collections", "OrderedDict"),
+    *((f"numpy.{core}.multiarray", name) for core in ("core", "_core")
+      for name in ("_reconstruct", "scalar")),
+    ("numpy", "ndarray"),
+    ("numpy", "dtype"),
+}  # fmt: skip
+
+
+class CheckpointError(ValueError):
+    """Weights that cannot be used, with the reason in one sentence."""
+
+
+def read_checkpoint(path: str) -> Dict[str, Any]:
+    """Content of a `.pth` file: tensors and plain values, nothing that runs.
+
+    Args:
+        path: local file.
+
+    Raises:
+        FileNotFoundError: if there is none.
+        CheckpointError: for a truncated or corrupt file, one that needs to run code, or one that
+            is not a dict.
+    """
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"There is no checkpoint file {path!r}.")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        if any(word in str(error) for word in _NEEDS_CODE[:3]):
+            raise CheckpointError(
+                f"{path!r} holds more than tensors and plain values, and reading it could run its "
+                "code; it is refused. Save its state dict alone where you trust it: "
+                "torch.save(torch.load(file, weights_only=False)['state_dict'], new_file). "
+                f"({_first_line(error)})"
+            ) from error
+        raise _corrupt(path, error) from error
+    except (RuntimeError, EOFError, ValueError, KeyError, IndexError, OSError, TypeError,
+            AttributeError, AssertionError, OverflowError, UnicodeDecodeError) as error:  # fmt: skip
+        raise _corrupt(path, error) from error
+    if not isinstance(content, dict):
+        raise CheckpointError(
+            f"{path!r} holds a {type(content).__name__}; a checkpoint needs to be a dict of tensors "
+            "by name."
+        )
+    return content
+
+
+def write_checkpoint(content: Dict[str, Any], path: str) -> None:
+    """Write a checkpoint as a whole or not at all: an existing file stays until the new is complete.
+
+    Args:
+        content: tensors and plain values.
+        path: local file; its folder must exist.
+
+    Raises:
+        OSError: if it cannot be written.
+    """
+    folder = os.path.dirname(os.path.abspath(path))
+    handle, temporary = tempfile.mkstemp(dir=folder, suffix=".part")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(temporary, 0o666 & ~umask)  # mkstemp's file is for the owner alone
+        os.replace(temporary, path)
+    except BaseException:
+        if os.path.exists(temporary):
+            os.remove(temporary)
+        raise
+
+
+def check_pickle(path: str) -> None:
+    """Refuse a `.pkl` file that holds anything but numpy arrays and plain values.
+
+    Args:
+        path: local file.
+
+    Raises:
+        CheckpointError: naming what it would import, or saying that it is corrupt.
+    """
+    with open(path, "rb") as file:
+        try:
+            _ArraysOnly(file, encoding="latin1").load()
+        except CheckpointError as error:
+            raise CheckpointError(f"{path!r} is refused: {error}") from None
+        except Exception as error:  # a corrupt pickle raises nearly anything
+            raise _corrupt(path, error) from error
+
+
+def fetch(url: str) -> str:
+    """Local copy of a checkpoint, downloaded once; checked where its name ends in its hash.
+
+    Args:
+        url: address or path, by any of iopath's handlers.
+
+    Returns:
+        Path of the local file.
+
+    Raises:
+        CheckpointError: if it cannot be had, or is not the file that its name promises.
+    """
+    try:
+        path = PathManager.get_local_path(url)
+    except Exception as error:  # each handler has errors of its own
+        raise CheckpointError(
+            f"Cannot get {url} ({_first_line(error)}). Check the network, or download the file "
+            "elsewhere and give its path as train.init_checkpoint (MODEL.WEIGHTS)."
+        ) from error
+    expected = _HASH_SUFFIX.search(url)
+    if "://" in url and expected and os.path.isfile(path):
+        digest = hashlib.sha256()
+        with open(path, "rb") as file:
+            for block in iter(lambda: file.read(1 << 20), b""):
+                digest.update(block)
+        if not digest.hexdigest().startswith(expected.group(1)):
+            raise CheckpointError(
+                f"{url} is not what its name promises: its sha256 starts with "
+                f"{digest.hexdigest()[:8]}, not {expected.group(1)}. Delete {path!r} and try again."
+            )
+    return path
+
+
+class _ArraysOnly(pickle.Unpickler):
+    def find_class(self, module: str, name: str):
+        if (module, name) in _HARMLESS:
+            return super().find_class(module, name)
+        raise CheckpointError(
+            f"it would import {module}.{name}, and reading it could run code; only numpy arrays "
+            "and plain values are read."
+        )
+
+
+def _corrupt(path: str, error: Exception) -> CheckpointError:
+    return CheckpointError(
+        f"{path!r} is no complete checkpoint: it is truncated, corrupt or of another kind "
+        f"({_first_line(error)})."
+    )
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
