@@ -13,6 +13,7 @@ from atss.lazy_training import (
     build_model,
     choose_data,
     evaluate_lazy,
+    evaluate_lazy_with_tta,
     load_lazy_config,
     train_lazy,
 )
@@ -29,7 +30,10 @@ def main(args):
         return train_lazy(cfg, resume=args.resume)
     model = build_model(cfg)
     load_or_resume(ATSSCheckpointer(model, cfg.train.output_dir), cfg.train.init_checkpoint, False)
-    return evaluate_lazy(cfg, create_ddp_model(model))
+    model = create_ddp_model(model)
+    if cfg.train.tta.enabled:
+        return evaluate_lazy_with_tta(cfg, model)
+    return evaluate_lazy(cfg, model)
 
 
 if __name__ == "__main__":

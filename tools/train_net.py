@@ -24,10 +24,17 @@ def main(args):
     if args.eval_only:
         model = Trainer.build_model(cfg)
         load_or_resume(ATSSCheckpointer(model, cfg.OUTPUT_DIR), cfg.MODEL.WEIGHTS, False)
-        return Trainer.test(cfg, create_ddp_model(model))
+        model = create_ddp_model(model)
+        results = Trainer.test(cfg, model)
+        if cfg.TEST.AUG.ENABLED:
+            results.update(Trainer.test_with_tta(cfg, model))
+        return results
     trainer = Trainer(cfg)
     trainer.resume_or_load(resume=args.resume)
-    return trainer.train()
+    results = trainer.train()
+    if cfg.TEST.AUG.ENABLED:
+        results = {**(results or {}), **Trainer.test_with_tta(cfg, trainer._trainer.model)}
+    return results
 
 
 if __name__ == "__main__":

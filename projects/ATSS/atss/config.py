@@ -73,6 +73,14 @@ def add_atss_config(cfg: CN) -> None:
     atss.BOX_OFFSET = 0.0
     atss.STATS_PERIOD = 0
 
+    # Test-time augmentation, `ATSSWithTTA`; ENABLED, MAX_SIZE and FLIP are Detectron2's. With the
+    # scales as they are here come the release's size ranges and long edges; other scales have none.
+    cfg.TEST.AUG.MIN_SIZES = (800, 400, 500, 600, 640, 700, 900, 1000, 1100, 1200, 1300, 1400, 1800)
+    cfg.TEST.AUG.SIZE_RANGES = ()  # (low, high) per scale: sizes of boxes that count, in its pixels
+    cfg.TEST.AUG.MERGE = "soft-vote"  # or "vote", "nms"
+    cfg.TEST.AUG.VOTE_THRESH = 0.66
+    cfg.TEST.AUG.SOFT_SCORE_THRESH = 0.05
+
     cfg.SOLVER.OPTIMIZER = "SGD"  # or "AdamW"
     # "float16" needs a GPU, "bfloat16" works everywhere, "auto" is bfloat16 where it is fast.
     cfg.SOLVER.AMP.PRECISION = "float16"

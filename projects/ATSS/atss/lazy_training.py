@@ -17,12 +17,14 @@ from detectron2.utils import comm
 from .checkpointer import ATSSCheckpointer, load_or_resume
 from .data import register_from_arguments
 from .training_loop import StepTrainer, autocast_dtype, create_ddp_model
+from .tta import ATSSWithTTA, make_views, release_views
 
 __all__ = [
     "apply_overrides",
     "build_model",
     "choose_data",
     "evaluate_lazy",
+    "evaluate_lazy_with_tta",
     "load_lazy_config",
     "train_lazy",
 ]
@@ -141,6 +143,19 @@ def evaluate_lazy(cfg: DictConfig, model: nn.Module) -> Optional[Dict[str, Any]]
     if comm.is_main_process():
         print_csv_format(results)
     return results
+
+
+def evaluate_lazy_with_tta(cfg: DictConfig, model: nn.Module) -> Optional[Dict[str, Any]]:
+    """Evaluate with the test-time augmentation of `train.tta`: see `ATSSWithTTA`.
+
+    Returns:
+        As `evaluate_lazy`.
+    """
+    tta = OmegaConf.to_container(cfg.train.tta)
+    scales = [tta.pop(key) for key in ("min_sizes", "max_size", "flip", "size_ranges")]
+    tta.pop("enabled")
+    views = release_views(scales[2]) if scales[0] is None else make_views(*scales)
+    return evaluate_lazy(cfg, ATSSWithTTA(model, views, **tta).eval())
 
 
 def train_lazy(

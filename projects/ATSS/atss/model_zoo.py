@@ -10,9 +10,20 @@ from torch import nn
 
 from detectron2.config import LazyConfig, instantiate
 
+from .checkpoint import convert_checkpoint, fetch, read_checkpoint, write_checkpoint
 from .checkpointer import ATSSCheckpointer, load_or_resume
 
 __all__ = ["config_file", "get", "get_checkpoint_url", "get_config", "list_configs"]
+
+_MMDET = "https://download.openmmlab.com/mmdetection/v2.0/atss/"
+
+# Published weights by config; names end in the start of the file's sha256.
+_URLS = {
+    "coco/atss_R_50_FPN_1x": _MMDET
+    + "atss_r50_fpn_1x_coco/atss_r50_fpn_1x_coco_20200209-985f7bd0.pth",
+    "coco/atss_R_101_FPN_1x": _MMDET
+    + "atss_r101_fpn_1x_coco/atss_r101_fpn_1x_20200825-dfcadd6f.pth",
+}
 
 
 def _config_root() -> Path:
@@ -82,15 +93,33 @@ def get(name: str, trained: bool = False, device: Optional[str] = None) -> nn.Mo
         The model in evaluation mode.
 
     Raises:
-        ValueError: for an unknown name, or one without published weights.
+        ValueError: for an unknown name, one without published weights, or weights that cannot be
+            had or are not what their hash promises.
     """
     cfg = get_config(name)
     url = get_checkpoint_url(name) if trained else None
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     model = instantiate(cfg.model).to(device).eval()
     if url:
-        load_or_resume(ATSSCheckpointer(model), url, resume=False)
+        load_or_resume(ATSSCheckpointer(model), _converted(url), resume=False)
     return model
+
+
+def _converted(url: str) -> str:
+    """Local file of published weights in our names, downloaded, checked and converted once."""
+    path = fetch(url)
+    converted_path = f"{os.path.splitext(path)[0]}.atss.pth"
+    is_new = os.path.isfile(converted_path) and (
+        os.path.getmtime(converted_path) >= os.path.getmtime(path)
+    )
+    if not is_new:
+        converted = convert_checkpoint(read_checkpoint(path))
+        content = {"model": converted.state_dict, "atss_overrides": converted.overrides}
+        try:
+            write_checkpoint(content, converted_path)
+        except OSError:
+            return path  # a cache that cannot be written to: convert while loading
+    return converted_path
 
 
 def get_checkpoint_url(name: str) -> str:
@@ -99,7 +128,10 @@ def get_checkpoint_url(name: str) -> str:
     Raises:
         ValueError: for an unknown name, or one whose weights nobody publishes at a direct address.
     """
-    config_file(name)  # an unknown name is another mistake
+    path = Path(config_file(name)).relative_to(_config_root())
+    url = _URLS.get(str(path.with_suffix("")).replace(os.sep, "/"))
+    if url:
+        return url
     raise ValueError(
         f"There are no weights of {name!r} at a direct address. The authors publish theirs at "
         "https://github.com/sfzhang15/ATSS#models; train your own, or load a file of yours."

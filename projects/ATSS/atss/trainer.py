@@ -18,6 +18,7 @@ from .checkpointer import ATSSCheckpointer, load_or_resume
 from .data import load_dataset_dicts
 from .optimizer import get_optimizer_params
 from .training_loop import StepTrainer, autocast_dtype, create_ddp_model
+from .tta import ATSSWithTTA
 
 __all__ = ["Trainer"]
 
@@ -107,6 +108,20 @@ class Trainer(DefaultTrainer):
         tasks: List[str] = ["bbox"] + (["segm"] if cfg.MODEL.MASK_ON else [])
         folder = os.path.join(cfg.OUTPUT_DIR, "inference")
         return COCOEvaluator(dataset_name, tasks, output_dir=folder)
+
+    @classmethod
+    def test_with_tta(cls, cfg: CfgNode, model: nn.Module) -> Dict[str, Any]:
+        """Evaluate with the test-time augmentation of TEST.AUG.
+
+        Returns:
+            Results as `test` gives them, under names that end in "_TTA".
+        """
+        folder = os.path.join(cfg.OUTPUT_DIR, "inference_TTA")
+        evaluators = [
+            COCOEvaluator(name, ["bbox"], output_dir=folder) for name in cfg.DATASETS.TEST
+        ]
+        results = cls.test(cfg, ATSSWithTTA(cfg, model), evaluators)
+        return {f"{name}_TTA": result for name, result in results.items()}
 
     def resume_or_load(self, resume: bool = True) -> None:
         """Start from MODEL.WEIGHTS, or go on from the last checkpoint of OUTPUT_DIR.

@@ -1,0 +1,153 @@
+#!/usr/bin/env python3
+"""Convert weights of the authors, of mmdetection or of torchvision; or ours back to theirs."""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+from typing import Dict, List, Optional
+
+from detectron2.config import instantiate
+
+from atss.checkpoint import (
+    CheckpointError,
+    convert_checkpoint,
+    detect_source,
+    num_classes_of,
+    read_checkpoint,
+    rehead,
+    write_checkpoint,
+    yacs_overrides,
+)
+from atss.lazy_training import load_lazy_config
+from atss.model_zoo import config_file
+
+_OVERRIDES = "atss_overrides"
+
+
+def parse_arguments(argv: Optional[List[str]] = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("input", metavar="IN", help="checkpoint file (.pth)")
+    parser.add_argument("output", metavar="OUT", help="file to write, complete or not at all")
+    parser.add_argument(
+        "--from",
+        dest="source",
+        default="auto",
+        choices=["auto", "author", "mmdet", "torchvision", "atss"],
+        help="whose names IN has; recognised by default",
+    )
+    parser.add_argument(
+        "--to", default="atss", choices=["atss", "author", "mmdet"], help="whose names OUT gets"
+    )
+    parser.add_argument(
+        "--config", help="LazyConfig, by name or file, of the model that OUT must fit"
+    )
+    parser.add_argument(
+        "--num-classes", type=int, help="give OUT a new class predictor for as many classes"
+    )
+    return parser.parse_args(argv)
+
+
+def convert(args: argparse.Namespace) -> None:
+    """Do what the arguments say.
+
+    Raises:
+        OSError, ValueError: where that cannot be done, before OUT is touched.
+    """
+    folder = os.path.dirname(os.path.abspath(args.output))
+    if not os.path.isdir(folder):
+        raise FileNotFoundError(f"There is no folder {folder!r} to write OUT to.")
+    content = read_checkpoint(args.input)
+    source = detect_source(content) if args.source == "auto" else args.source
+    converted = convert_checkpoint(content, args.source, args.to)
+    weights = converted.state_dict
+    print(f"{args.input}: {source} -> {args.to}, {len(weights)} names mapped")
+    show("dropped", [f"{name}: {reason}" for name, reason in converted.dropped.items()])
+    # Weights that were converted before keep their geometry.
+    overrides = converted.overrides or dict(content.get(_OVERRIDES, {}))
+
+    if args.num_classes is not None:
+        if args.to != "atss":
+            raise ValueError("--num-classes goes with --to atss; convert in two steps.")
+        weights, renewed = rehead(weights, args.num_classes)
+        show("re-initialised", renewed)
+    if args.config:
+        if args.to != "atss":
+            raise ValueError("--config describes a model of ours; it goes with --to atss.")
+        compare(weights, model_shapes(args.config, args.num_classes), args.config, source)
+
+    if args.to == "atss":
+        result = {"model": weights, "__author__": f"converted from {source}", _OVERRIDES: overrides}
+    else:
+        result = {"model" if args.to == "author" else "state_dict": weights}
+    write_checkpoint(result, args.output)
+    if overrides and args.to == "atss":
+        print("These config entries belong to the weights. ATSSCheckpointer, which the tools use,")
+        print("applies them while loading; elsewhere set them:")
+        for (key, value), yacs_key in zip(overrides.items(), yacs_overrides(overrides)):
+            print(f"  {key}={value}   ({yacs_key})")
+    print(f"written: {args.output}")
+
+
+def model_shapes(config: str, num_classes: Optional[int]) -> Dict[str, tuple]:
+    """Shapes of the parameters of a config's model."""
+    path = config if os.path.isfile(config) else config_file(config)
+    options = [f"model.num_classes={num_classes}"] if num_classes is not None else []
+    model = instantiate(load_lazy_config(path, options).model)
+    return {name: tuple(value.shape) for name, value in model.state_dict().items()}
+
+
+def compare(weights: Dict, model: Dict[str, tuple], config: str, source: str) -> None:
+    """Print what does not fit.
+
+    Raises:
+        CheckpointError: if something does not; missing heads of bare backbones are fine.
+    """
+    missing = sorted(set(model) - set(weights))
+    extra = sorted(set(weights) - set(model))
+    conflicts = [
+        f"{name}: {tuple(weights[name].shape)} in the file, {model[name]} in the model"
+        for name in weights
+        if name in model and tuple(weights[name].shape) != model[name]
+    ]
+    show("missing", missing)
+    show("not in the model", extra)
+    show("of another shape", conflicts)
+    has_head = num_classes_of(weights) is not None
+    if has_head:
+        bias = "proposal_generator.head.cls_logits.bias"
+        found, needed = len(weights[bias]), model.get(bias, (None,))[0]
+        if found != needed:
+            raise CheckpointError(
+                f"The weights know {num_classes_of(weights)} classes, the model of {config} has "
+                f"another number; give --num-classes to renew the class predictor."
+            )
+    needed_missing = [n for n in missing if has_head or "bottom_up" in n]
+    if needed_missing or extra or conflicts:
+        raise CheckpointError(
+            f"The weights do not fit the model of {config}: {len(needed_missing)} missing, "
+            f"{len(extra)} too many, {len(conflicts)} of another shape. Choose the config with "
+            "their depth, groups and deformable stages."
+        )
+
+
+def show(title: str, lines: List[str], most: int = 8) -> None:
+    print(f"{title}: {len(lines)}")
+    for line in lines[:most]:
+        print(f"  {line}")
+    if len(lines) > most:
+        print(f"  and {len(lines) - most} more")
+
+
+def main(argv: Optional[List[str]] = None) -> int:
+    args = parse_arguments(argv)
+    try:
+        convert(args)
+    except (OSError, ValueError) as error:
+        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
