@@ -363,6 +363,14 @@ def test_own_files_take_the_place_of_the_configs_sets(own):
         register_from_arguments(args, num_classes=80)
 
 
+def test_own_validation_files_must_have_what_the_evaluation_needs(own):
+    folder, data = own
+    change(area=None)(data)
+    files = write(folder, data)
+    with pytest.raises(ValueError, match='annotation 12 of image 1 needs "area" to be evaluated'):
+        register_from_arguments(both_splits(files, files))
+
+
 def test_own_files_with_different_classes_are_refused(own):
     folder, data = own
     changed = copy.deepcopy(data)

@@ -136,6 +136,16 @@ def test_polygon_has_the_area_of_its_pixels_and_of_its_coco_mask(name):
     assert np.mean(both == (coverage(item) > 0.5)) > 0.98  # the same pixels, not only as many
 
 
+@pytest.mark.parametrize("name", ["rhombus", "ellipse", "cross", "ring"])
+def test_symmetric_shape_is_drawn_in_the_middle_of_its_box(name):
+    covered = coverage(place(name, 3, 11, 60, 40))
+    center = [
+        (covered.sum(axis=1 - axis) * (np.arange(covered.shape[axis]) + 0.5)).sum() / covered.sum()
+        for axis in (0, 1)
+    ]
+    assert center == pytest.approx([20, 30], abs=0.03)  # half a pixel of the drawing is 0.125
+
+
 @pytest.mark.parametrize("name", ["ring", "frame"])
 def test_hole_stays_empty_in_pixels_and_coco_mask(name):
     item = place(name, 0, 0, 100, 100)
