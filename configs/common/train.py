@@ -9,10 +9,12 @@ train = dict(
     channels_last=False,
     ddp=dict(broadcast_buffers=False, find_unused_parameters=False, fp16_compression=False),
     checkpointer=dict(period=5000, max_to_keep=100),
-    # Test-time augmentation with --eval-only. min_sizes=None: the release's scales and size ranges.
+    # Test-time augmentation with --eval-only. min_sizes=None: the release's scales and size ranges,
+    # times base_size / 800.
     tta=dict(
         enabled=False,
         min_sizes=None,
+        base_size=800,
         max_size=4000,
         flip=True,
         size_ranges=(),

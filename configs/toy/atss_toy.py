@@ -45,6 +45,7 @@ train.max_iter = 1000
 train.amp.enabled = True
 train.amp.precision = "auto"
 train.channels_last = True
+train.tta.base_size = 256
 train.eval_period = 250
 train.checkpointer.period = 500
 train.seed = 1

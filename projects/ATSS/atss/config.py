@@ -74,7 +74,8 @@ def add_atss_config(cfg: CN) -> None:
     atss.STATS_PERIOD = 0
 
     # Test-time augmentation, `ATSSWithTTA`; ENABLED, MAX_SIZE and FLIP are Detectron2's. With the
-    # scales as they are here come the release's size ranges and long edges; other scales have none.
+    # scales as they are here come the release's size ranges and long edges, all of it scaled by
+    # INPUT.MIN_SIZE_TEST / 800; other scales have no ranges.
     cfg.TEST.AUG.MIN_SIZES = (800, 400, 500, 600, 640, 700, 900, 1000, 1100, 1200, 1300, 1400, 1800)
     cfg.TEST.AUG.SIZE_RANGES = ()  # (low, high) per scale: sizes of boxes that count, in its pixels
     cfg.TEST.AUG.MERGE = "soft-vote"  # or "vote", "nms"

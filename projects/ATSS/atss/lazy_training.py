@@ -154,7 +154,8 @@ def evaluate_lazy_with_tta(cfg: DictConfig, model: nn.Module) -> Optional[Dict[s
     tta = OmegaConf.to_container(cfg.train.tta)
     scales = [tta.pop(key) for key in ("min_sizes", "max_size", "flip", "size_ranges")]
     tta.pop("enabled")
-    views = release_views(scales[2]) if scales[0] is None else make_views(*scales)
+    base_size = tta.pop("base_size")
+    views = release_views(scales[2], base_size) if scales[0] is None else make_views(*scales)
     return evaluate_lazy(cfg, ATSSWithTTA(model, views, **tta).eval())
 
 

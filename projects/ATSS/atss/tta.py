@@ -64,11 +64,23 @@ _RELEASE_RANGES = {
 RELEASE_MIN_SIZES = tuple(_RELEASE_RANGES)
 
 
-def release_views(flip: bool = True) -> List[View]:
-    """The 13 scales of the authors' multi-scale testing, each with its mirror image."""
+def release_views(flip: bool = True, base_size: float = 800) -> List[View]:
+    """The 13 scales of the authors' multi-scale testing, each with its mirror image.
+
+    Args:
+        flip: with the mirror images.
+        base_size: short edge of plain testing, the authors' 800; for a model that is used to images
+            of another size, everything is scaled with it.
+    """
+    unit = base_size / 800
     return [
-        View(size, 1333 if size <= 800 else 3000, is_flipped, size_range)
-        for size, size_range in _RELEASE_RANGES.items()
+        View(
+            round(size * unit),
+            round((1333 if size <= 800 else 3000) * unit),
+            is_flipped,
+            (low * unit, high * unit),
+        )
+        for size, (low, high) in _RELEASE_RANGES.items()
         for is_flipped in ((False, True) if flip else (False,))
     ]
 
@@ -157,7 +169,7 @@ class ATSSWithTTA(nn.Module):
     def from_config(cls, cfg, model: nn.Module) -> Dict[str, Any]:
         aug = cfg.TEST.AUG
         if tuple(aug.MIN_SIZES) == RELEASE_MIN_SIZES and not aug.SIZE_RANGES:
-            views = release_views(aug.FLIP)
+            views = release_views(aug.FLIP, cfg.INPUT.MIN_SIZE_TEST or 800)
         else:
             views = make_views(aug.MIN_SIZES, aug.MAX_SIZE, aug.FLIP, aug.SIZE_RANGES)
         return {
