@@ -136,8 +136,8 @@ def test_polygon_has_the_area_of_its_pixels_and_of_its_coco_mask(name):
     assert np.mean(both == (coverage(item) > 0.5)) > 0.98  # the same pixels, not only as many
 
 
-@pytest.mark.parametrize("name", ["rhombus", "ellipse", "cross", "ring"])
-def test_symmetric_shape_is_drawn_in_the_middle_of_its_box(name):
+@pytest.mark.parametrize("name", ["ellipse", "ring"])
+def test_round_shape_is_drawn_in_the_middle_of_its_box(name):
     covered = coverage(place(name, 3, 11, 60, 40))
     center = [
         (covered.sum(axis=1 - axis) * (np.arange(covered.shape[axis]) + 0.5)).sum() / covered.sum()
