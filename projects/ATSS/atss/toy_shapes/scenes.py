@@ -23,10 +23,10 @@ class ToyShapesOptions:
 
     An object's size is the square root of its box area and its aspect ratio is width / height;
     both are drawn log-uniformly, then the sides are rounded to whole pixels. Every shape lies
-    wholly inside its image, anywhere, and later shapes cover earlier ones: about 5% of the objects
-    of the default set end up with nothing to see. They stay in the annotations, so AP 100 is out
-    of reach. An image depends only on the seed of its split and its number: a longer set begins
-    like a shorter one.
+    wholly inside its image, anywhere, and later shapes cover earlier ones: of the default set's
+    objects 4% (train) and 2% (val) end up with nothing to see. They stay in the annotations, so
+    AP 100 is out of reach. An image depends only on the seed of its split and its number: a longer
+    set begins like a shorter one.
 
     Attributes:
         image_size: side of the square images, in pixels.
