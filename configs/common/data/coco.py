@@ -1,6 +1,6 @@
 """COCO 2017 as the paper trains on it: short edge 800, long edge at most 1333, horizontal flip.
 
-`train_multi_scale` is the 2x recipe: every integer short edge from 640 to 800.
+`multi_scale_resize` is the resize of the 2x recipe: every integer short edge from 640 to 800.
 """
 
 from omegaconf import OmegaConf
