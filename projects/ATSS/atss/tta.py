@@ -164,6 +164,8 @@ class ATSSWithTTA(nn.Module):
         self.soft_score_thresh = soft_score_thresh
         self.max_detections = max_detections
         self.read_files = read_files
+        # Evaluation puts a model back into the mode it found it in.
+        self.training = self.model.training
 
     @classmethod
     def from_config(cls, cfg, model: nn.Module) -> Dict[str, Any]:
