@@ -66,9 +66,7 @@ def test_a_file_of_the_authors_gives_their_boxes_half_a_pixel_further(tmp_path, 
 
 def test_a_file_of_mmdetection_gives_the_boxes_of_its_geometry(tmp_path):
     mean, std = [123.675, 116.28, 103.53], [58.395, 57.12, 57.375]
-    theirs = lively_detector(
-        input_format="RGB", pixel_mean=mean, pixel_std=std, sqrt_score=False
-    )
+    theirs = lively_detector(input_format="RGB", pixel_mean=mean, pixel_std=std, sqrt_score=False)
     theirs.proposal_generator.anchor_generator.offset = 0.0
     theirs.backbone.top_block.relu_before_p7 = False
     path = save_as(theirs, "mmdet", tmp_path / "mmdet.pth")

@@ -235,7 +235,7 @@ def test_zoo_finds_configs_by_name_and_lists_them_otherwise():
     with pytest.raises(ValueError, match="Unknown config 'nothing'.*atss_toy"):
         model_zoo.get_config("nothing")
     with pytest.raises(ValueError, match="sfzhang15/ATSS"):
-        model_zoo.get_checkpoint_url("atss_R_50_FPN_1x")
+        model_zoo.get_checkpoint_url("atss_dcnv2_R_50_FPN_1x")
 
 
 def test_every_part_can_be_overridden_in_a_line():

@@ -7,8 +7,6 @@ import sys
 from pathlib import Path
 from typing import Dict, List, Optional
 
-from detectron2.config import instantiate
-
 from atss.checkpoint import (
     CheckpointError,
     convert_checkpoint,
@@ -21,6 +19,8 @@ from atss.checkpoint import (
 )
 from atss.lazy_training import load_lazy_config
 from atss.model_zoo import config_file
+
+from detectron2.config import instantiate
 
 _OVERRIDES = "atss_overrides"
 

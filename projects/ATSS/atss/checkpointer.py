@@ -123,9 +123,9 @@ def _check_fit(model: Dict[str, Tensor], weights: Dict[str, Tensor], filename: s
     """Refuse converted weights that would load only in part; adapt tower biases to the model."""
     for name in [name for name in weights if name not in model and "_tower." in name]:
         # A model with conv_bias=False takes mmdetection's weights without the zeros added to them.
-        if name.endswith(".bias") and name[: -len("bias")] + "weight" in model:
-            if not weights[name].any():
-                del weights[name]
+        is_bias = name.endswith(".bias") and name[: -len("bias")] + "weight" in model
+        if is_bias and not weights[name].any():
+            del weights[name]
     found, needed = num_classes_of(weights), num_classes_of(model)
     if found is not None and needed is not None and found != needed:
         raise CheckpointError(

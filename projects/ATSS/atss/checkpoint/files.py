@@ -18,7 +18,21 @@ from detectron2.utils.file_io import PathManager
 __all__ = ["CheckpointError", "check_pickle", "fetch", "read_checkpoint", "write_checkpoint"]
 
 _HASH_SUFFIX = re.compile(r"-([0-9a-f]{8,64})\.pth$")
-_NEEDS_CODE = ("GLOBAL", "Unsupported class", "was not an allowed global", "Unsupported operand")
+# How PyTorch's reader words it when a file asks for more than tensors and plain values.
+_NEEDS_CODE = ("GLOBAL", "Unsupported class", "was not an allowed global")
+# What a file that is none raises on the way, over the formats and versions of PyTorch.
+_BROKEN = (
+    AssertionError,
+    AttributeError,
+    EOFError,
+    IndexError,
+    KeyError,
+    OSError,
+    OverflowError,
+    RuntimeError,
+    TypeError,
+    ValueError,  # also UnicodeDecodeError
+)
 # What numpy needs to rebuild arrays; none of it runs code of the file.
 _HARMLESS = {
     ("_codecs", "encode"),
@@ -50,7 +64,7 @@ def read_checkpoint(path: str) -> Dict[str, Any]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        if any(word in str(error) for word in _NEEDS_CODE[:3]):
+        if any(word in str(error) for word in _NEEDS_CODE):
             raise CheckpointError(
                 f"{path!r} holds more than tensors and plain values, and reading it could run its "
                 "code; it is refused. Save its state dict alone where you trust it: "
@@ -58,19 +72,18 @@ def read_checkpoint(path: str) -> Dict[str, Any]:
                 f"({_first_line(error)})"
             ) from error
         raise _corrupt(path, error) from error
-    except (RuntimeError, EOFError, ValueError, KeyError, IndexError, OSError, TypeError,
-            AttributeError, AssertionError, OverflowError, UnicodeDecodeError) as error:  # fmt: skip
+    except _BROKEN as error:
         raise _corrupt(path, error) from error
     if not isinstance(content, dict):
         raise CheckpointError(
-            f"{path!r} holds a {type(content).__name__}; a checkpoint needs to be a dict of tensors "
-            "by name."
+            f"{path!r} holds a {type(content).__name__}; a checkpoint needs to be a dict of "
+            "tensors by name."
         )
     return content
 
 
 def write_checkpoint(content: Dict[str, Any], path: str) -> None:
-    """Write a checkpoint as a whole or not at all: an existing file stays until the new is complete.
+    """Write a checkpoint as a whole or not at all: a file that is there stays until then.
 
     Args:
         content: tensors and plain values.

@@ -1,7 +1,7 @@
 """How is a map between two sets of names declared, so that it can be read both ways?"""
 
 import re
-from functools import lru_cache
+from functools import cache
 from typing import Collection, Dict, NamedTuple, Optional, Sequence, Tuple
 
 __all__ = ["Rule", "Source", "translate"]
@@ -79,7 +79,7 @@ def translate(
     return None
 
 
-@lru_cache(maxsize=None)
+@cache
 def _compile(template: str):
     """Regular expression of a template, and (factor, field, summand) of each of its groups."""
     regex, fields, end = "", [], 0

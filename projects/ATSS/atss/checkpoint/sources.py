@@ -48,9 +48,7 @@ AUTHOR = Source(
         Rule("backbone.fpn.fpn_inner{i}.{param}", "backbone.fpn_lateral{i+1}.{param}"),
         Rule("backbone.fpn.fpn_layer{i}.{param}", "backbone.fpn_output{i+1}.{param}"),
         Rule("backbone.fpn.top_blocks.p{i}.{param}", "backbone.top_block.p{i}.{param}"),
-        Rule(
-            "rpn.head.{tower}.{i}.offset.{param}", _HEAD + ".{tower}.{i}.conv_offset.{param}"
-        ),
+        Rule("rpn.head.{tower}.{i}.offset.{param}", _HEAD + ".{tower}.{i}.conv_offset.{param}"),
         Rule(
             "rpn.head.{tower}.{i}.conv.{param}",
             _HEAD + ".{tower}.{i}.{param}",
