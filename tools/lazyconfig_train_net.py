@@ -31,7 +31,7 @@ def main(args):
     model = build_model(cfg)
     load_or_resume(ATSSCheckpointer(model, cfg.train.output_dir), cfg.train.init_checkpoint, False)
     model = create_ddp_model(model)
-    if cfg.train.tta.enabled:
+    if "tta" in cfg.train and cfg.train.tta.enabled:
         return evaluate_lazy_with_tta(cfg, model)
     return evaluate_lazy(cfg, model)
 
