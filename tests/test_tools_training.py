@@ -110,9 +110,26 @@ def test_evaluating_a_checkpoint_gives_what_training_ended_with(data, tmp_path):
         ],
         tmp_path,
     )
+    assert ap_of(text) == pytest.approx(trained["bbox/AP"], abs=1e-3)
+
+
+def ap_of(text):
     line = [line for line in text.splitlines() if "copypaste" in line][-1]
-    found = float(line.rsplit(" ", 1)[1].split(",")[0])
-    assert found == pytest.approx(trained["bbox/AP"], abs=1e-3)
+    return float(line.rsplit(" ", 1)[1].split(",")[0])
+
+
+@pytest.mark.parametrize("tool", ["train_net", "lazyconfig_train_net", "plain_train_net"])
+def test_eval_only_with_resume_takes_the_last_checkpoint_or_says_there_is_none(
+    tool, data, tmp_path
+):
+    flags = ("--eval-only", "--resume")
+    text = run_tool(tool, arguments_for(tool, tmp_path, data, 6, *flags), tmp_path, ok=False)
+    assert "there is no checkpoint" in text.strip().splitlines()[-1]
+
+    (tmp_path / "last_checkpoint").write_text("other.pth")
+    torch.save({"model": {"not.ours": torch.zeros(1)}}, tmp_path / "other.pth")
+    text = run_tool(tool, arguments_for(tool, tmp_path, data, 6, *flags), tmp_path, ok=False)
+    assert "match no parameter" in text.strip().splitlines()[-1]  # so it is that file that is read
 
 
 def test_two_processes_equal_one_with_the_same_global_batch(data, tmp_path):

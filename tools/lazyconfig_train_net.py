@@ -29,7 +29,8 @@ def main(args):
     if not args.eval_only:
         return train_lazy(cfg, resume=args.resume)
     model = build_model(cfg)
-    load_or_resume(ATSSCheckpointer(model, cfg.train.output_dir), cfg.train.init_checkpoint, False)
+    checkpointer = ATSSCheckpointer(model, cfg.train.output_dir)
+    load_or_resume(checkpointer, cfg.train.init_checkpoint, args.resume)
     model = create_ddp_model(model)
     if "tta" in cfg.train and cfg.train.tta.enabled:
         return evaluate_lazy_with_tta(cfg, model)

@@ -105,7 +105,8 @@ def main(args):
     if not args.eval_only:
         return do_train(cfg, args.resume)
     model = build_model(cfg)
-    load_or_resume(ATSSCheckpointer(model, cfg.train.output_dir), cfg.train.init_checkpoint, False)
+    checkpointer = ATSSCheckpointer(model, cfg.train.output_dir)
+    load_or_resume(checkpointer, cfg.train.init_checkpoint, args.resume)
     return evaluate_lazy(cfg, create_ddp_model(model))
 
 

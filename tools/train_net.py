@@ -23,7 +23,7 @@ def main(args):
     default_setup(cfg, args)
     if args.eval_only:
         model = Trainer.build_model(cfg)
-        load_or_resume(ATSSCheckpointer(model, cfg.OUTPUT_DIR), cfg.MODEL.WEIGHTS, False)
+        load_or_resume(ATSSCheckpointer(model, cfg.OUTPUT_DIR), cfg.MODEL.WEIGHTS, args.resume)
         model = create_ddp_model(model)
         results = Trainer.test(cfg, model)
         if cfg.TEST.AUG.ENABLED:
