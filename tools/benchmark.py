@@ -1,0 +1,130 @@
+#!/usr/bin/env python
+"""Measure ATSS beside Detectron2's RetinaNet and FCOS, in one process and in turn.
+
+Parts that are not convolution: assign, loss, post, deform_conv; whole models: train, inference.
+Prints tables; writes benchmark.json and benchmark.png. FCOS needs a Detectron2 younger than 0.6.
+
+    python tools/benchmark.py assign loss post --threads 1
+    python tools/benchmark.py train inference --threads 2 --repeats 5
+    python tools/benchmark.py inference --model toy/atss_toy --image-size 256x256
+    python tools/benchmark.py --device cuda --batch-sizes 1 8 16
+"""
+
+import argparse
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any, Dict, List, Tuple
+
+# The profiler that counts memory would write its own log to the terminal.
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+
+import torch
+from benchmark_parts import PARTS, Scope
+from benchmark_peers import has_fcos
+from benchmark_report import environment, plot, row, tables, update_page, write_json
+from benchmark_timing import race
+
+from detectron2.utils.events import EventStorage
+
+_KNOWN = (*PARTS,)
+
+
+def image_size(text: str) -> Tuple[int, int]:
+    """(height, width) from "800x1344"."""
+    try:
+        height, width = (int(side) for side in text.split("x"))
+    except ValueError:
+        message = f"write HEIGHTxWIDTH, such as 800x1344, not {text!r}"
+        raise argparse.ArgumentTypeError(message) from None
+    if min(height, width) < 1:
+        raise argparse.ArgumentTypeError(f"sides must be positive, got {text!r}")
+    return height, width
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "parts", nargs="*", metavar="PART", help=f"of {', '.join(_KNOWN)}; all by default"
+    )
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--threads", type=int, help="of torch on the CPU")
+    parser.add_argument("--repeats", type=int, default=15, help="measurements of each contestant")
+    parser.add_argument("--image-size", type=image_size, default=(800, 1344), metavar="HxW")
+    parser.add_argument("--objects", type=int, nargs="+", default=[1, 7, 20, 50, 100, 300, 1000])
+    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[2, 8])
+    parser.add_argument("--num-classes", type=int, default=80)
+    parser.add_argument("--no-growth", action="store_true", help="skip other sizes and classes")
+    parser.add_argument("--no-memory", action="store_true", help="do not measure memory")
+    parser.add_argument("--output", default="output/benchmark", metavar="FOLDER")
+    parser.add_argument("--markdown", metavar="FILE", help="put the tables into a page, too")
+    return parser
+
+
+def measure(args: argparse.Namespace, device: torch.device) -> List[Dict[str, Any]]:
+    """Rows of all parts asked for, printed as they come."""
+    growth = {"class_sweep": (), "size_factors": ()} if args.no_growth else {}
+    scope = Scope(
+        device,
+        args.image_size,
+        tuple(args.objects),
+        tuple(args.batch_sizes),
+        args.num_classes,
+        **growth,
+    )
+    rows = []
+    for part in args.parts or PARTS:
+        for case in PARTS[part](scope):
+            timings = race(case.contestants, device, args.repeats, memory=not args.no_memory)
+            rows.append(row(case, timings))
+            settings = ", ".join(f"{key} {value}" for key, value in case.settings.items())
+            times = ", ".join(
+                f"{name} {timing.minimum * 1e3:.2f}" for name, timing in timings.items()
+            )
+            print(f"{part}: {settings}: {times} ms", flush=True)
+    return rows
+
+
+def main(args: argparse.Namespace) -> None:
+    unknown = [part for part in args.parts if part not in PARTS]
+    if unknown:
+        raise ValueError(f"Unknown part {unknown[0]!r}; known are {list(_KNOWN)}.")
+    if args.device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"--device {args.device} needs a GPU, and there is none; use cpu.")
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    device = torch.device(args.device)
+    output = Path(args.output)
+    output.mkdir(parents=True, exist_ok=True)
+    facts = environment(device)
+    print(", ".join(f"{key}: {value}" for key, value in facts.items()))
+    if not has_fcos():
+        print(f"FCOS is skipped: Detectron2 {facts['detectron2']} has none (main has).")
+    torch.manual_seed(0)
+    start = time.perf_counter()
+    with EventStorage(0):  # the peers' losses write into it
+        rows = measure(args, device)
+    result = {
+        "environment": facts,
+        "arguments": {key: value for key, value in vars(args).items() if key != "output"},
+        "seconds": round(time.perf_counter() - start, 1),
+        "rows": rows,
+    }
+    write_json(output / "benchmark.json", result)
+    plot(output / "benchmark.png", rows)
+    printed = tables(rows)
+    for part, table in printed.items():
+        print(f"\n{part}\n\n{table}")
+    print(f"\nWrote {output / 'benchmark.json'} and {output / 'benchmark.png'}.")
+    if args.markdown:
+        update_page(Path(args.markdown), printed)
+
+
+if __name__ == "__main__":
+    try:
+        main(make_parser().parse_args())
+    except (ValueError, FileNotFoundError) as error:
+        sys.exit(f"{type(error).__name__}: {error}")
