@@ -17,7 +17,13 @@ from detectron2.modeling.anchor_generator import (
 )
 from detectron2.structures import Boxes
 
-__all__ = ["AnchorGrid", "GridAnchorGenerator", "concatenate_anchors", "octave_sizes"]
+__all__ = [
+    "AnchorGrid",
+    "GraphBoxes",
+    "GridAnchorGenerator",
+    "concatenate_anchors",
+    "octave_sizes",
+]
 
 
 @torch.jit.script_if_tracing
@@ -32,6 +38,20 @@ def _grid_boxes(cell_anchors: Tensor, feature: Tensor, stride: float, offset: fl
     y_grid = y.unsqueeze(1).expand(height, width)
     centers = torch.stack((x_grid, y_grid, x_grid, y_grid), dim=-1).reshape(-1, 1, 4)
     return (centers + cell_anchors).reshape(-1, 4)
+
+
+class GraphBoxes(Boxes):
+    """`Boxes` for `torch.jit.trace`: Detectron2 0.5's own freeze the device into a trace.
+
+    Args:
+        tensor: (D, 4) float32, xyxy in pixels; kept as it is.
+    """
+
+    def __init__(self, tensor: Tensor):
+        self.tensor = tensor
+
+    def __getitem__(self, item) -> "GraphBoxes":
+        return GraphBoxes(self.tensor[item])
 
 
 class AnchorGrid:
@@ -212,7 +232,8 @@ class GridAnchorGenerator(DefaultAnchorGenerator):
         Returns:
             L `Boxes`, (Hi * Wi * A, 4), xyxy in pixels of the padded input.
         """
-        return [Boxes(boxes) for boxes in self._grid_anchors(features)]
+        as_boxes = GraphBoxes if torch.jit.is_tracing() else Boxes
+        return [as_boxes(boxes) for boxes in self._grid_anchors(features)]
 
     def grid(self, features: Sequence[Tensor]) -> AnchorGrid:
         """The same anchors as `forward` gives, with their lattice.

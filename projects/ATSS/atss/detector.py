@@ -15,6 +15,7 @@ from detectron2.utils.events import get_event_storage
 
 from .build import build_parts
 from .proposal_generator import ATSS
+from .traceable import move_like
 
 __all__ = ["ATSSDetector", "build_detector"]
 
@@ -105,7 +106,7 @@ class ATSSDetector(nn.Module):
 
     def preprocess_image(self, batched_inputs: List[Dict]) -> ImageList:
         """Normalise the images, pad them to one size that the strides divide."""
-        images = [x["image"].to(self.device, non_blocking=True) for x in batched_inputs]
+        images = [move_like(x["image"], self.pixel_mean) for x in batched_inputs]
         images = [(x - self.pixel_mean) / self.pixel_std for x in images]
         return ImageList.from_tensors(images, self.backbone.size_divisibility)
 

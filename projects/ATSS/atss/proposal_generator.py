@@ -2,6 +2,7 @@
 
 from typing import Callable, Dict, List, Optional, Sequence, Tuple, Union
 
+import torch
 from torch import Tensor, nn
 
 from detectron2.config import configurable
@@ -19,6 +20,7 @@ from .losses import DenseLoss
 from .postprocessing import detect
 from .proposals import ProposalSelector
 from .targets import Targets, label_anchors
+from .traceable import detect_instances
 
 __all__ = ["ATSS"]
 
@@ -174,7 +176,9 @@ class ATSS(nn.Module):
                 sqrt_score=self.sqrt_score,
                 box_offset=self.box_offset,
             )
-        return detect(
+        # Fast code has branches on sizes and values, and a trace keeps those of its example.
+        find = detect_instances if torch.jit.is_tracing() else detect
+        return find(
             predictions,
             self.anchor_generator(features),
             image_sizes,
