@@ -1,4 +1,7 @@
-"""ATSS, ResNet-101, 1x. Not in the paper; mmdetection publishes weights and AP 41.5 of it."""
+"""ATSS, ResNet-101, 1x (the authors' atss_R_101_FPN_1x). mmdetection's AP on minival: 41.5.
+
+Not in the paper; mmdetection publishes weights too. Parent: atss_R_50_FPN_1x.py.
+"""
 
 from .atss_R_50_FPN_1x import dataloader, lr_multiplier, model, optimizer, train
 

@@ -37,7 +37,7 @@ class ATSSCheckpointer(DetectionCheckpointer):
     Weights of another code base are recognised and converted while loading, and the model gets the
     geometry they were trained with, each change in the log; checkpoints saved later remember it.
     Files are read without running code of theirs (`atss.checkpoint.read_checkpoint`); zoo files at
-    `detectron2://` go to Detectron2's own loader unchecked.
+    `detectron2://` and `catalog://` go to Detectron2's own loader unchecked.
     """
 
     def __init__(self, *args, **kwargs):
@@ -52,7 +52,7 @@ class ATSSCheckpointer(DetectionCheckpointer):
             CheckpointError: a `ValueError`, for a file that cannot be had, is truncated, needs to
                 run code, or holds weights of another architecture or number of classes.
         """
-        self._is_zoo = str(path).startswith("detectron2://")
+        self._is_zoo = str(path).startswith(("detectron2://", "catalog://"))
         if str(path).startswith(("http://", "https://")):
             path = fetch(path)
         try:

@@ -1,0 +1,13 @@
+"""Table 1, row RetinaNet (#A=1): the zero point. The paper's AP on minival: 32.5.
+
+Between the lines: data, schedule, test-time thresholds and P6 from P5 are those of every other row
+(Sec. 3.1), which is not RetinaNet's own recipe.
+"""
+
+from ...common.data.coco import dataloader
+from ...common.models.retinanet_a1 import model
+from ...common.optim import optimizer
+from ...common.schedule import lr_multiplier_1x as lr_multiplier
+from ...common.train import train
+
+train.output_dir = "output/ablations/improvements/retinanet_a1"

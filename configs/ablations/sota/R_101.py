@@ -1,0 +1,12 @@
+"""Table 8, row R-101. The paper's AP on test-dev: 43.6. Parent: ../../coco/atss_R_101_FPN_2x.py.
+
+AP50 62.1, AP75 47.4, APs 26.1, APm 47.0, APl 53.6 in the paper. Trained as its parent, so give the
+parent's weights and --eval-only. COCO's server measures AP from coco_instances_results.json.
+"""
+
+from ...coco.atss_R_101_FPN_2x import dataloader, lr_multiplier, model, optimizer, train
+
+dataloader.test.dataset.names = ["coco_2017_test-dev"]
+dataloader.evaluator.output_dir = "${train.output_dir}/inference"
+train.eval_period = 0  # only at the end: there is no ground truth to follow
+train.output_dir = "output/ablations/sota/R_101"

@@ -1,0 +1,13 @@
+"""Table 8, row R-101-DCN.
+
+The paper's AP on test-dev: 46.3. Parent: ../../coco/atss_dcnv2_R_101_FPN_2x.py. AP50 64.7, AP75
+50.4, APs 27.7, APm 49.8, APl 58.4 in the paper. Trained as its parent, so give the parent's weights
+and --eval-only. COCO's server measures AP from coco_instances_results.json.
+"""
+
+from ...coco.atss_dcnv2_R_101_FPN_2x import dataloader, lr_multiplier, model, optimizer, train
+
+dataloader.test.dataset.names = ["coco_2017_test-dev"]
+dataloader.evaluator.output_dir = "${train.output_dir}/inference"
+train.eval_period = 0  # only at the end: there is no ground truth to follow
+train.output_dir = "output/ablations/sota/dcnv2_R_101"
