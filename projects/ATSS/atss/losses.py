@@ -3,13 +3,13 @@
 Focal loss for the class of every anchor, a box loss for positives, binary cross-entropy for their
 centerness. Targets are made before and the box transform is passed in, so this file knows neither
 how positives were chosen nor where regression starts. Everything is computed in float32 with masks:
-no index depends on values, so a training step never waits for the GPU.
+no size depends on values, so a training step never waits for the GPU.
 """
 
 from typing import Dict, Sequence, Tuple, Union
 
 import torch
-from fvcore.nn import sigmoid_focal_loss_jit, smooth_l1_loss
+from fvcore.nn import smooth_l1_loss
 from torch import Tensor
 from torch import distributed as dist
 from torch.nn import functional as F
@@ -19,8 +19,10 @@ from detectron2.utils import comm
 
 from .anchors import AnchorGrid, concatenate_anchors
 from .box_regression import Box2BoxTransform, PointToBoxTransform
+from .focal_loss import focal_loss_sum
 from .geometry import box_areas
-from .head import DensePredictions, flatten_levels
+from .head import DensePredictions
+from .slots import locate, take
 from .targets import Targets, centerness_targets
 
 __all__ = ["DenseLoss", "elementwise_giou_loss", "reduce_mean"]
@@ -99,17 +101,16 @@ class DenseLoss:
             0-dim float32 tensors "loss_cls", "loss_box_reg" and, with centerness,
             "loss_centerness".
         """
-        num_images, num_anchors = targets.labels.shape
-        anchors_per_location = predictions.deltas[0].shape[1] // 4
-        slots, is_positive = _positive_slots(targets, self.num_classes)  # (S,), (S,)
+        num_cells = predictions.deltas[0].shape[1] // 4
+        grid_sizes = [tuple(level.shape[-2:]) for level in predictions.deltas]
+        images, anchor_idxs, is_positive = _positive_slots(targets, self.num_classes)  # (S,) each
+        slots = locate(images, anchor_idxs, grid_sizes, num_cells)
 
-        anchor_boxes = concatenate_anchors(anchors)[slots % num_anchors]  # (S, 4)
-        gt_boxes = targets.boxes.view(-1, 4)[slots]
+        anchor_boxes = concatenate_anchors(anchors)[anchor_idxs]  # (S, 4)
         # Undefined boxes must not reach log or division: their gradient could be NaN in spite of
         # the mask.
+        gt_boxes = targets.boxes[images, anchor_idxs]
         gt_boxes = torch.where(is_positive.unsqueeze(1), gt_boxes, anchor_boxes)
-        deltas = flatten_levels(predictions.deltas, anchors_per_location)
-        deltas = deltas.reshape(-1, 4)[slots].float()
 
         num_positives = is_positive.sum().float()
         centerness = centerness_targets(anchor_boxes, gt_boxes) * is_positive  # (S,)
@@ -119,42 +120,33 @@ class DenseLoss:
         num_positives = num_positives.clamp(min=1)
         centerness_sum = centerness_sum.clamp(min=torch.finfo(torch.float32).eps)
 
+        deltas = take(predictions.deltas, slots, num_cells).float()  # (S, 4)
         box_losses = self._box_losses(deltas, anchor_boxes, gt_boxes)  # (S,)
         if self.centerness:
             box_loss = (box_losses * centerness).sum() / centerness_sum
         else:
             box_loss = (box_losses * is_positive).sum() / num_positives
+        class_loss = focal_loss_sum(
+            predictions.logits,
+            slots,
+            targets.labels[images, anchor_idxs],
+            is_positive,
+            num_cells,
+            # Sparse rules have no ignored anchors.
+            None if targets.claims is not None else targets.labels < 0,
+            self.focal_alpha,
+            self.focal_gamma,
+        )
         losses = {
-            "loss_cls": self._class_loss(predictions.logits, targets.labels) / num_positives,
+            "loss_cls": class_loss / num_positives,
             "loss_box_reg": box_loss * self.box_loss_weight,
         }
         if self.centerness:
             assert predictions.centerness is not None, "the head predicts no centerness"
-            logits = flatten_levels(predictions.centerness, anchors_per_location)
-            logits = logits.reshape(-1)[slots].float()
+            logits = take(predictions.centerness, slots, num_cells).squeeze(1).float()  # (S,)
             bce = F.binary_cross_entropy_with_logits(logits, centerness, reduction="none")
             losses["loss_centerness"] = (bce * is_positive).sum() / num_positives
         return losses
-
-    def _class_loss(self, logits: Sequence[Tensor], labels: Tensor) -> Tensor:
-        """Sum of the focal loss over all anchors that are not ignored; 0-dim."""
-        total = torch.zeros((), device=labels.device)
-        classes = torch.arange(self.num_classes, device=labels.device).view(-1, 1, 1)
-        first = 0
-        for level in logits:
-            num_images, channels, height, width = level.shape
-            num_cells = channels // self.num_classes
-            last = first + height * width * num_cells
-            # Labels go to the layout of the logits, not the other way: they are K times smaller.
-            level_labels = labels[:, first:last].view(num_images, height, width, num_cells, 1)
-            level_labels = level_labels.permute(0, 3, 4, 1, 2)  # (N, A, 1, H, W)
-            is_class = (level_labels == classes).float()  # (N, A, K, H, W)
-            losses = sigmoid_focal_loss_jit(
-                level.view_as(is_class).float(), is_class, self.focal_alpha, self.focal_gamma
-            )
-            total = total + (losses * (level_labels >= 0)).sum()
-            first = last
-        return total
 
     def _box_losses(self, deltas: Tensor, anchors: Tensor, gt_boxes: Tensor) -> Tensor:
         """Box loss of each slot, (S,)."""
@@ -210,18 +202,23 @@ def reduce_mean(values: Tensor) -> Tensor:
     return values / num_workers
 
 
-def _positive_slots(targets: Targets, num_classes: int) -> Tuple[Tensor, Tensor]:
-    """Where positives can be, in indices into the flattened (N * R,), and where they are.
+def _positive_slots(targets: Targets, num_classes: int) -> Tuple[Tensor, Tensor, Tensor]:
+    """Where positives can be, and where they are.
 
     The candidates of all objects where the assigner names them (tens per object), else all anchors.
 
     Returns:
-        (S,) int64 slots and (S,) bool, true exactly once for every positive of the batch.
+        (S,) int64 images, (S,) int64 anchors of the image and (S,) bool, true exactly once for
+        every positive of the batch.
     """
     labels = targets.labels
     claims = targets.claims
     if claims is None:
+        images, anchor_idxs = (
+            torch.arange(size, device=labels.device).view(shape).expand(labels.shape)
+            for size, shape in zip(labels.shape, ((-1, 1), (1, -1)))
+        )
         is_positive = (labels >= 0) & (labels < num_classes)
-        return torch.arange(labels.numel(), device=labels.device), is_positive.view(-1)
-    slots = claims.image_idxs.unsqueeze(1) * labels.shape[1] + claims.anchor_idxs
-    return slots.view(-1), claims.is_won.view(-1)
+        return images.reshape(-1), anchor_idxs.reshape(-1), is_positive.view(-1)
+    images = claims.image_idxs.unsqueeze(1).expand_as(claims.anchor_idxs)
+    return images.reshape(-1), claims.anchor_idxs.reshape(-1), claims.is_won.view(-1)
