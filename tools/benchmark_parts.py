@@ -270,8 +270,8 @@ def _post_case(scope: Scope, image_size: Tuple[int, int], batch_size: int) -> Ca
 
 
 def deform_conv_cases(scope: Scope) -> Iterator[Case]:
-    """Deformable convolution of a P4-sized map, 256 channels, with and without a mask."""
-    height, width = grid_sizes_of(scope.image_size)[1]
+    """Deformable convolution of a P5-sized map, 256 channels, with and without a mask."""
+    height, width = grid_sizes_of(scope.image_size)[2]
     for modulated in (False, True):
         for backward in (False, True):
             yield _deform_conv_case(scope.device, (height, width), modulated, backward)

@@ -13,7 +13,7 @@ __all__ = ["MadePredictions", "candidate_predictions", "grid_sizes_of", "random_
 
 # Candidates of an image above the threshold that post-processing gets, by level: about what a
 # trained model gives on a crowded image. A level keeps 1000.
-_CANDIDATES = (1700, 1450, 1250, 600, 230)
+_CANDIDATES = (1700, 1600, 1600, 1400, 500)
 
 
 def grid_sizes_of(image_size: Tuple[int, int]) -> List[Tuple[int, int]]:
