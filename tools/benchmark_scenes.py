@@ -99,6 +99,9 @@ def candidate_predictions(
             total += min(1000, int((scores[image, first : first + size] > 0.05).sum()))
             first += size
     boxes = torch.cat((centers - distances[..., :2], centers + distances[..., 2:]), dim=2)
+    # FCOS clips later than we do; inside the image that makes no difference.
+    height, width = image_size
+    boxes = boxes.clamp(min=0).minimum(torch.tensor([width, height] * 2))
     centerness = 0.55 + 0.45 * rand(batch_size, len(centers), 1)
     return MadePredictions(
         scores.logit(), centerness.clamp(max=0.999).logit(), boxes, total / batch_size
