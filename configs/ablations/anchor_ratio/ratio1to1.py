@@ -1,4 +1,4 @@
-"""Table 6, row aspect ratio 1:1.
+"""Table 6, row 3: aspect ratio 1:1.
 
 The paper's AP on minival: 39.3. Same as ../../coco/atss_R_50_FPN_1x.py.
 """

@@ -1,4 +1,4 @@
-"""Table 6, row aspect ratio 2:1. The paper's AP on minival: 39.3. Parent: ratio1to1.py.
+"""Table 6, row 4: aspect ratio 2:1. The paper's AP on minival: 39.3. Parent: ratio1to1.py.
 
 Between the lines: height to width, as in the release's generator; the area stays (8S)^2.
 """

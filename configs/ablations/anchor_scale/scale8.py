@@ -1,4 +1,7 @@
-"""Table 5, row scale 8. The paper's AP on minival: 39.3. Same as ../../coco/atss_R_50_FPN_1x.py."""
+"""Table 5, row 4: scale 8.
+
+The paper's AP on minival: 39.3. Same as ../../coco/atss_R_50_FPN_1x.py.
+"""
 
 from ...coco.atss_R_50_FPN_1x import dataloader, lr_multiplier, model, optimizer, train
 

@@ -1,7 +1,7 @@
-"""Table 7, row + ATSS, 1 scale, 1 ratio. The paper's AP on minival: 39.3. Parent: atss_3_ratios.py.
+"""Table 7, row 6: + ATSS, 1 scale, 1 ratio.
 
-AP50 57.5, AP75 42.8 in the paper. Back at one square per location: it equals
-coco/atss_R_50_FPN_1x.py.
+The paper's AP on minival: 39.3. Parent: atss_3_ratios.py. AP50 57.5, AP75 42.8 in the paper. Back
+at one square per location: it equals coco/atss_R_50_FPN_1x.py.
 """
 
 from .atss_3_ratios import dataloader, lr_multiplier, model, optimizer, train

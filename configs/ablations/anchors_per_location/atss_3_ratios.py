@@ -1,4 +1,4 @@
-"""Table 7, row + ATSS, 1 scale, 3 ratios.
+"""Table 7, row 5: + ATSS, 1 scale, 3 ratios.
 
 The paper's AP on minival: 39.2. Parent: atss_3_scales_3_ratios.py. AP50 57.1, AP75 42.5 in the
 paper.

@@ -1,4 +1,4 @@
-"""Table 7, row + ATSS, 3 scales, 1 ratio.
+"""Table 7, row 4: + ATSS, 3 scales, 1 ratio.
 
 The paper's AP on minival: 39.3. Parent: atss_3_scales_3_ratios.py. AP50 57.7, AP75 42.6 in the
 paper.

@@ -1,4 +1,4 @@
-"""Table 7, row RetinaNet (#A=9).
+"""Table 7, row 1: RetinaNet (#A=9).
 
 The paper's AP on minival: 36.3. Parent: ../improvements/retinanet_a1.py. AP50 55.2, AP75 38.8 in
 the paper. RetinaNet's own anchors: three sizes from four strides, three ratios. Between the lines:

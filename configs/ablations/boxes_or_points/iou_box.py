@@ -1,4 +1,4 @@
-"""Table 2, row IoU, box.
+"""Table 2, row 1: IoU, box.
 
 The paper's AP on minival: 37.0. Same as ../improvements/level_scales.py.
 """

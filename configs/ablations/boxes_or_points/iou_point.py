@@ -1,4 +1,4 @@
-"""Table 2, row IoU, point. The paper's AP on minival: 36.9. Parent: iou_box.py.
+"""Table 2, row 2: IoU, point. The paper's AP on minival: 36.9. Parent: iou_box.py.
 
 Positives are chosen by the IoU of the same 8S squares; only regression starts from their centres.
 """

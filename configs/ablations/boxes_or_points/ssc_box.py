@@ -1,4 +1,4 @@
-"""Table 2, row spatial and scale constraint, box.
+"""Table 2, row 3: spatial and scale constraint, box.
 
 The paper's AP on minival: 37.8. Parent: iou_box.py. FCOS's rule on the centres of the anchors;
 boxes are regressed from the 8S squares around them.

@@ -1,4 +1,4 @@
-"""Table 2, row spatial and scale constraint, point.
+"""Table 2, row 4: spatial and scale constraint, point.
 
 The paper's AP on minival: 37.8. Parent: iou_point.py. This is FCOS.
 """

@@ -1,4 +1,4 @@
-"""Table 1, row + GIoU loss. The paper's AP on minival: 34.9. Parent: group_norm.py.
+"""Table 1, row 3: + GIoU loss. The paper's AP on minival: 34.9. Parent: group_norm.py.
 
 Between the lines: weight 2 as in the full method, per positive while there is no centerness.
 """

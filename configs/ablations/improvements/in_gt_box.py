@@ -1,4 +1,4 @@
-"""Table 1, row + In GT Box. The paper's AP on minival: 35.3. Parent: giou.py.
+"""Table 1, row 4: + In GT Box. The paper's AP on minival: 35.3. Parent: giou.py.
 
 Positives need their centre in the object. Between the lines: those that fail become ignored, not
 background, as in the authors' release.

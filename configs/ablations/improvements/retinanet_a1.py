@@ -1,4 +1,4 @@
-"""Table 1, row RetinaNet (#A=1): the zero point. The paper's AP on minival: 32.5.
+"""Table 1, row 1: RetinaNet (#A=1), the zero point. The paper's AP on minival: 32.5.
 
 Between the lines: data, schedule, test-time thresholds and P6 from P5 are those of every other row
 (Sec. 3.1), which is not RetinaNet's own recipe.

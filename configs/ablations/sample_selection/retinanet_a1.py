@@ -1,4 +1,4 @@
-"""Table 3, row RetinaNet (#A=1).
+"""Table 3, row 1: RetinaNet (#A=1).
 
 The paper's AP on minival: 37.0. Same as ../improvements/level_scales.py. AP50 55.1, AP75 39.9, APs
 21.4, APm 41.2, APl 48.6 in the paper. With all improvements of Table 1.

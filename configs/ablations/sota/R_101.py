@@ -1,4 +1,4 @@
-"""Table 8, row R-101. The paper's AP on test-dev: 43.6. Parent: ../../coco/atss_R_101_FPN_2x.py.
+"""Table 8, row 1: R-101. The paper's AP on test-dev: 43.6. Parent: ../../coco/atss_R_101_FPN_2x.py.
 
 AP50 62.1, AP75 47.4, APs 26.1, APm 47.0, APl 53.6 in the paper. Trained as its parent, so give the
 parent's weights and --eval-only. COCO's server measures AP from coco_instances_results.json.

@@ -1,4 +1,4 @@
-"""Table 8, row X-101-32x8d.
+"""Table 8, row 2: X-101-32x8d.
 
 The paper's AP on test-dev: 45.1. Parent: ../../coco/atss_X_101_32x8d_FPN_2x.py. AP50 63.9, AP75
 49.1, APs 27.9, APm 48.2, APl 54.6 in the paper. Trained as its parent, so give the parent's weights

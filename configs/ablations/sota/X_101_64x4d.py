@@ -1,4 +1,4 @@
-"""Table 8, row X-101-64x4d.
+"""Table 8, row 3: X-101-64x4d.
 
 The paper's AP on test-dev: 45.6. Parent: ../../coco/atss_X_101_64x4d_FPN_2x.py. AP50 64.6, AP75
 49.7, APs 28.5, APm 48.9, APl 55.6 in the paper. Trained as its parent, so give the parent's weights

@@ -1,4 +1,4 @@
-"""Table 8, row R-101-DCN.
+"""Table 8, row 4: R-101-DCN.
 
 The paper's AP on test-dev: 46.3. Parent: ../../coco/atss_dcnv2_R_101_FPN_2x.py. AP50 64.7, AP75
 50.4, APs 27.7, APm 49.8, APl 58.4 in the paper. Trained as its parent, so give the parent's weights

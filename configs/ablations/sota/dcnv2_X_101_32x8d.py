@@ -1,4 +1,4 @@
-"""Table 8, row X-101-32x8d-DCN.
+"""Table 8, row 5: X-101-32x8d-DCN.
 
 The paper's AP on test-dev: 47.7. Parent: ../../coco/atss_dcnv2_X_101_32x8d_FPN_2x.py. AP50 66.6,
 AP75 52.1, APs 29.3, APm 50.8, APl 59.7 in the paper. Trained as its parent, so give the parent's

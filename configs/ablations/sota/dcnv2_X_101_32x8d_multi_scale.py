@@ -1,4 +1,4 @@
-"""Table 8, row X-101-32x8d-DCN, multi-scale testing.
+"""Table 8, row 7: X-101-32x8d-DCN, multi-scale testing.
 
 The paper's AP on test-dev: 50.6. Parent: dcnv2_X_101_32x8d.py. AP50 68.6, AP75 56.1, APs 33.6, APm
 52.9, APl 62.2 in the paper. The preset is `atss.tta.release_views`: 13 scales with the size ranges

@@ -1,4 +1,4 @@
-"""Table 8, row X-101-64x4d-DCN.
+"""Table 8, row 6: X-101-64x4d-DCN.
 
 The paper's AP on test-dev: 47.7. Parent: ../../coco/atss_dcnv2_X_101_64x4d_FPN_2x.py. AP50 66.5,
 AP75 51.9, APs 29.7, APm 50.8, APl 59.4 in the paper. Trained as its parent, so give the parent's

@@ -1,4 +1,4 @@
-"""Table 8, row X-101-64x4d-DCN, multi-scale testing.
+"""Table 8, row 8: X-101-64x4d-DCN, multi-scale testing.
 
 The paper's AP on test-dev: 50.7. Parent: dcnv2_X_101_64x4d.py. AP50 68.9, AP75 56.3, APs 33.2, APm
 52.9, APl 62.4 in the paper. The preset is `atss.tta.release_views`: 13 scales with the size ranges
