@@ -3,11 +3,14 @@
 import numpy as np
 import pytest
 import torch
+from atss import traceable
 from atss.box_regression import Box2BoxTransform
 from atss.head import DensePredictions, flatten_level
 from atss.postprocessing import Candidates, detect, select_candidates, suppress
-from conftest import golden_cases, golden_grid, make_grid
+from conftest import golden_cases, golden_grid, make_grid, random_boxes
 from reference import detections
+
+from detectron2.structures import Boxes
 
 WEIGHTS = (10.0, 10.0, 5.0, 5.0)
 DECODE = Box2BoxTransform(WEIGHTS).apply_deltas
@@ -95,17 +98,55 @@ def test_detections_agree_with_loops(topk, most):
 
 
 def test_class_score_is_compared_before_centerness_multiplies_in():
-    logits = torch.tensor([[0.0], [-4.0]])  # sigmoid 0.5 and 0.018
-    centerness = torch.tensor([-6.0, 6.0])  # a low centerness must not remove the first
-    anchors = torch.tensor([[0.0, 0, 8, 8], [8, 8, 16, 16]])
-    found = select_candidates(logits, torch.zeros(2, 4), centerness, anchors, DECODE)
+    # Two locations; sigmoid 0.5 and 0.018. A low centerness must not remove the first.
+    predictions = DensePredictions(
+        [torch.tensor([0.0, -4.0]).view(1, 1, 1, 2)],
+        [torch.zeros(1, 4, 1, 2)],
+        [torch.tensor([-6.0, 6.0]).view(1, 1, 1, 2)],
+    )
+    anchors = [Boxes(torch.tensor([[0.0, 0, 8, 8], [8, 8, 16, 16]]))]
+    (found,) = select_candidates(predictions, anchors, [(16, 16)], DECODE)
     assert found.boxes.tolist() == [[0.0, 0.0, 8.0, 8.0]]
     score = 0.5 / (1 + np.exp(6.0))
     assert found.scores.item() == pytest.approx(score**0.5, rel=1e-5)
-    plain = select_candidates(
-        logits, torch.zeros(2, 4), centerness, anchors, DECODE, sqrt_score=False
-    )
+    (plain,) = select_candidates(predictions, anchors, [(16, 16)], DECODE, sqrt_score=False)
     assert plain.scores.item() == pytest.approx(score, rel=1e-5)
+
+
+@pytest.mark.parametrize("num_cells", [1, 3])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_fast_and_traceable_detections_are_the_same(num_cells, memory_format):
+    sizes = ((16, 24), (8, 12))
+    torch.manual_seed(5)
+
+    def maps(depth, shift=0.0):
+        return [
+            (torch.randn(2, num_cells * depth, *size) * 1.5 + shift).to(memory_format=memory_format)
+            for size in sizes
+        ]
+
+    predictions = DensePredictions(maps(5, -1.0), maps(4), maps(1))
+    anchors = [Boxes(random_boxes(h * w * num_cells, 128, 192)) for h, w in sizes]
+    settings = dict(topk=150, max_detections=60, box_offset=0.5)
+    image_sizes = [(128, 192), (100, 150)]
+    fast = detect(predictions, anchors, image_sizes, DECODE, **settings)
+    plain = traceable.detect(predictions, anchors, image_sizes, DECODE, **settings)
+    for ours, other in zip(fast, plain):
+        assert len(ours) == 60
+        torch.testing.assert_close(ours.pred_boxes.tensor, other.boxes)
+        torch.testing.assert_close(ours.scores, other.scores)
+        assert torch.equal(ours.pred_classes, other.classes)
+
+
+@pytest.mark.parametrize("copies", [1, 30])
+def test_suppression_looks_as_far_as_it_must(copies):
+    # 30 copies of each box: the best 40 contain two boxes to keep, so the window has to grow.
+    boxes = random_boxes(60, 200, 200).repeat_interleave(copies, dim=0)
+    scores = torch.linspace(1, 0.1, len(boxes))
+    candidates = Candidates(boxes, scores, torch.arange(60).repeat_interleave(copies) % 7)
+    everything = suppress(candidates, 0.6, max_detections=-1)
+    assert len(everything) <= 60
+    assert torch.equal(suppress(candidates, 0.6, max_detections=10), everything[:10])
 
 
 def test_suppression_is_per_class_and_spares_equal_iou():

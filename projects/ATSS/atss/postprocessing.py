@@ -1,9 +1,12 @@
 """Which of the raw predictions are detections?
 
-Per level: threshold the class score, multiply centerness in, keep the best, decode only those. Then
-all levels together: suppress duplicates, keep the best of the image.
+Per level: threshold the class score, multiply centerness in, keep the best. Then all levels
+together: decode, suppress duplicates, keep the best of the image. The work follows the few
+locations where some class passes the threshold; the logits themselves are read once.
+(`traceable.py` finds the same without branches on values, for graphs.)
 """
 
+import math
 from typing import Callable, List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
@@ -12,7 +15,7 @@ from torch import Tensor
 from detectron2.layers import batched_nms
 from detectron2.structures import Boxes, Instances
 
-from .head import DensePredictions, flatten_level
+from .head import DensePredictions
 
 __all__ = ["Candidates", "detect", "select_candidates", "suppress"]
 
@@ -32,61 +35,162 @@ class Candidates(NamedTuple):
 
 
 def select_candidates(
-    logits: Tensor,
-    deltas: Tensor,
-    centerness: Optional[Tensor],
-    anchors: Tensor,
+    predictions: DensePredictions,
+    anchors: Sequence[Boxes],
+    image_sizes: Sequence[Tuple[int, int]],
     apply_deltas: Callable[[Tensor, Tensor], Tensor],
     score_thresh: float = 0.05,
     topk: int = 1000,
     sqrt_score: bool = True,
-) -> Candidates:
-    """Best predictions of one level of one image.
+    box_offset: float = 0.0,
+) -> List[Candidates]:
+    """Best predictions of every level, joined, for each image of a batch.
 
     Args:
-        logits: (Ri, K) class logits.
-        deltas: (Ri, 4).
-        centerness: (Ri,) centerness logits or None.
-        anchors: (Ri, 4) xyxy in pixels.
+        predictions: raw output of the head, L tensors each.
+        anchors: L `Boxes`.
+        image_sizes: N (height, width) in pixels, before padding.
         apply_deltas: `(deltas, anchors) -> boxes` of the box transform.
-        score_thresh: least class score, itself excluded.
-        topk: how many to keep.
+        score_thresh: least class score before centerness, itself excluded.
+        topk: how many a level keeps.
         sqrt_score: score is sqrt(class * centerness) instead of the plain product; ranks the same.
+        box_offset: pixels added to x and y of every box before clipping, for weights trained in
+            another convention of pixel coordinates.
 
     Returns:
-        `Candidates` by falling score, ties in the order of (anchor, class).
+        N `Candidates` by falling score, ties in the order of (level, anchor, class). Boxes are
+        clipped to the image; those without area are left out.
     """
-    num_classes = logits.shape[1]
-    scores = logits.float().sigmoid()  # (Ri, K)
-    # Compare before centerness multiplies in: a low centerness should re-rank a box, not remove it.
-    is_candidate = scores > score_thresh
-    if centerness is not None:
-        scores = scores * centerness.float().sigmoid().unsqueeze(1)
-        if sqrt_score:
-            scores = scores.sqrt()
-    idxs = is_candidate.flatten().nonzero().squeeze(1)
-    scores = scores.flatten()[idxs]
-    # Sorting and slicing, unlike topk, means the same for any number of candidates when traced.
-    scores, order = scores.sort(descending=True, stable=True)
-    scores, idxs = scores[:topk], idxs[order[:topk]]
-    anchor_idxs = torch.div(idxs, num_classes, rounding_mode="floor")
-    boxes = apply_deltas(deltas[anchor_idxs], anchors[anchor_idxs])
-    return Candidates(boxes, scores, idxs % num_classes)
+    num_images = len(image_sizes)
+    num_cells = predictions.deltas[0].shape[1] // 4
+    found = [
+        _Found.on_level(predictions, i, level.tensor, num_cells, score_thresh)
+        for i, level in enumerate(anchors)
+    ]
+    points, scores, classes = zip(*(level.scored(score_thresh, sqrt_score) for level in found))
+    images = [level.images[rows] for level, rows in zip(found, points)]
+
+    # Which candidates are among the best of their level and image. How many there are is known
+    # after one wait for all levels; mostly there are fewer than `topk`, and nothing is to do.
+    counts = torch.stack([i.bincount(minlength=num_images) for i in images]).tolist()  # (L, N)
+    kept: List[List[Tensor]] = [[] for _ in range(num_images)]
+    first = 0
+    all_scores = torch.cat(scores)
+    for level_counts in counts:
+        for image, count in enumerate(level_counts):
+            if count > topk:
+                best = all_scores[first : first + count].sort(descending=True, stable=True).indices
+                kept[image].append(best[:topk].sort().values + first)
+            else:
+                kept[image].append(torch.arange(first, first + count, device=all_scores.device))
+            first += count
+
+    starts = [0]
+    for level in found:
+        starts.append(starts[-1] + len(level.images))
+    points = torch.cat([rows + start for rows, start in zip(points, starts)])
+    deltas, point_anchors, point_images = (
+        torch.cat(parts)
+        for parts in zip(*((level.deltas, level.anchors, level.images) for level in found))
+    )
+    boxes = apply_deltas(deltas.float(), point_anchors) + box_offset  # (P, 4), all levels at once
+    limits = boxes.new_tensor([(w, h, w, h) for h, w in image_sizes])[point_images]
+    boxes = torch.minimum(boxes.clamp(min=0), limits)
+    # A box wholly outside has no area left: NMS would never remove it, and it would take the place
+    # of another among the best. (The authors' clipping leaves it a pixel.)
+    has_area = (boxes[:, 2:] > boxes[:, :2]).all(dim=1)
+    all_classes = torch.cat(classes)
+    results = []
+    for parts in kept:
+        idxs = torch.cat(parts)
+        idxs = idxs[has_area[points[idxs]]]
+        image_scores, order = all_scores[idxs].sort(descending=True, stable=True)
+        idxs = idxs[order]
+        results.append(Candidates(boxes[points[idxs]], image_scores, all_classes[idxs]))
+    return results
+
+
+class _Found(NamedTuple):
+    """Locations of a level with some class near or above the threshold.
+
+    Attributes:
+        images: (P,) int64 image of each, not falling.
+        logits: (P, K).
+        deltas: (P, 4).
+        centerness: (P,) logits, or None.
+        anchors: (P, 4) xyxy in pixels.
+    """
+
+    images: Tensor
+    logits: Tensor
+    deltas: Tensor
+    centerness: Optional[Tensor]
+    anchors: Tensor
+
+    @classmethod
+    def on_level(
+        cls,
+        predictions: DensePredictions,
+        index: int,
+        anchors: Tensor,
+        num_cells: int,
+        score_thresh: float,
+    ) -> "_Found":
+        def by_anchor(level: Tensor) -> Tensor:  # a view, (N, A, D, Hi * Wi)
+            depth = level.shape[1] // num_cells
+            return level.view(len(level), num_cells, depth, -1)
+
+        logits = by_anchor(predictions.logits[index])
+        best = logits.amax(dim=2).transpose(1, 2)  # (N, Hi * Wi, A)
+        # Compared as logits, with room for rounding; exactly, as scores, later.
+        is_found = best.float() > _logit(score_thresh) - 1e-3
+        images, locations, cells = is_found.nonzero().unbind(dim=1)
+        centerness = None
+        if predictions.centerness is not None:
+            centerness = by_anchor(predictions.centerness[index])[images, cells, 0, locations]
+        return cls(
+            images,
+            logits[images, cells, :, locations],
+            by_anchor(predictions.deltas[index])[images, cells, :, locations],
+            centerness,
+            anchors[locations * num_cells + cells],
+        )
+
+    def scored(self, score_thresh: float, sqrt_score: bool) -> Tuple[Tensor, Tensor, Tensor]:
+        """Rows, scores and classes of the candidates, (D,) each, by row, then class."""
+        class_scores = self.logits.float().sigmoid()  # (P, K)
+        # Compare before centerness multiplies in: a low one should re-rank a box, not remove it.
+        rows, classes = (class_scores > score_thresh).nonzero().unbind(dim=1)
+        scores = class_scores[rows, classes]
+        if self.centerness is not None:
+            scores = scores * self.centerness.float().sigmoid()[rows]
+            if sqrt_score:
+                scores = scores.sqrt()
+        return rows, scores, classes
 
 
 def suppress(candidates: Candidates, nms_thresh: float = 0.6, max_detections: int = 100) -> Tensor:
     """Remove boxes that repeat a better one of the same class.
 
     Args:
-        candidates: of one image, all levels joined.
+        candidates: of one image, all levels joined, in any order.
         nms_thresh: IoU above which the lower score goes.
         max_detections: how many to keep; negative keeps all.
 
     Returns:
         (D',) int64 indices of the boxes kept, by falling score.
     """
-    keep = batched_nms(candidates.boxes, candidates.scores, candidates.classes, nms_thresh)
-    return keep[:max_detections] if max_detections >= 0 else keep
+    order = candidates.scores.sort(descending=True, stable=True).indices
+    # Whether a box stays depends on better ones only. So the best few are enough, if as many as
+    # wanted stay among them; else there are more to look at.
+    window = len(order) if max_detections < 0 else min(4 * max_detections, len(order))
+    while True:
+        best = order[:window]
+        keep = batched_nms(*(part[best] for part in candidates), nms_thresh)
+        if window == len(order) or len(keep) >= max_detections:
+            keep = best[keep]
+            return keep[:max_detections] if max_detections >= 0 else keep
+        window = min(4 * window, len(order))
 
 
 def detect(
@@ -104,49 +208,18 @@ def detect(
     """Detections of a batch.
 
     Args:
-        predictions: raw output of the head, L tensors each.
-        anchors: L `Boxes`.
-        image_sizes: N (height, width) in pixels, before padding.
-        apply_deltas: `(deltas, anchors) -> boxes` of the box transform.
-        score_thresh, topk, sqrt_score: see `select_candidates`.
+        predictions, anchors, image_sizes, apply_deltas, score_thresh, topk, sqrt_score, box_offset:
+            see `select_candidates`.
         nms_thresh, max_detections: see `suppress`.
-        box_offset: pixels added to x and y of every box before clipping, for weights trained in
-            another convention of pixel coordinates.
 
     Returns:
         N `Instances` with `pred_boxes`, `scores` and `pred_classes`, by falling score.
     """
-    num_anchors = predictions.deltas[0].shape[1] // 4
-    logits = [flatten_level(level, num_anchors) for level in predictions.logits]
-    deltas = [flatten_level(level, num_anchors) for level in predictions.deltas]
-    centerness: List[Optional[Tensor]] = [None] * len(logits)
-    if predictions.centerness is not None:
-        centerness = [flatten_level(c, num_anchors).squeeze(2) for c in predictions.centerness]
-
+    batch = select_candidates(
+        predictions, anchors, image_sizes, apply_deltas, score_thresh, topk, sqrt_score, box_offset
+    )
     results = []
-    for i, image_size in enumerate(image_sizes):
-        levels = [
-            select_candidates(
-                logits_i[i],
-                deltas_i[i],
-                None if centerness_i is None else centerness_i[i],
-                anchors_i.tensor,
-                apply_deltas,
-                score_thresh,
-                topk,
-                sqrt_score,
-            )
-            for logits_i, deltas_i, centerness_i, anchors_i in zip(
-                logits, deltas, centerness, anchors
-            )
-        ]
-        candidates = Candidates(*(torch.cat(parts) for parts in zip(*levels)))
-        boxes = Boxes(candidates.boxes + box_offset)
-        boxes.clip(image_size)
-        # A box wholly outside has no area left: NMS would never remove it, and it would take the
-        # place of another among the best. (The authors' clipping leaves it a pixel.)
-        is_inside = boxes.nonempty()
-        candidates = Candidates(*(part[is_inside] for part in (boxes.tensor, *candidates[1:])))
+    for image_size, candidates in zip(image_sizes, batch):
         keep = suppress(candidates, nms_thresh, max_detections)
         result = Instances(image_size)
         result.pred_boxes = Boxes(candidates.boxes[keep])
@@ -154,3 +227,9 @@ def detect(
         result.pred_classes = candidates.classes[keep]
         results.append(result)
     return results
+
+
+def _logit(probability: float) -> float:
+    if probability <= 0:
+        return -math.inf
+    return math.log(probability / (1 - probability)) if probability < 1 else math.inf
