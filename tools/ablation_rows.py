@@ -17,7 +17,7 @@ from omegaconf import DictConfig
 
 from detectron2.config import LazyConfig
 
-__all__ = ["CONFIGS", "Row", "find_rows", "load_row", "measured_ap", "select_rows"]
+__all__ = ["CONFIGS", "Row", "find_rows", "load_parent", "load_row", "measured_ap", "select_rows"]
 
 CONFIGS = Path(config_file("toy/atss_toy")).parents[1]
 
@@ -99,6 +99,11 @@ def select_rows(rows: Sequence[Row], wanted: Sequence[str]) -> List[Row]:
 def load_row(row: Row) -> DictConfig:
     """The row's config, loaded anew."""
     return LazyConfig.load(str(row.path))
+
+
+def load_parent(row: Row) -> DictConfig:
+    """The config that a row starts from, for rows that have one."""
+    return LazyConfig.load(str(CONFIGS / f"{row.parent}.py"))
 
 
 def measured_ap(cfg: DictConfig, root: Path) -> Optional[float]:

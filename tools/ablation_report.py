@@ -1,0 +1,216 @@
+"""What do the rows that were trained say, beside what the paper says?"""
+
+import platform
+import textwrap
+from itertools import combinations
+from pathlib import Path
+from statistics import mean
+from typing import Any, Dict, List, Mapping, Sequence, Tuple
+
+import torch
+from ablation_rows import Row
+
+__all__ = ["markdown", "orderings", "plot", "results_table", "write_report"]
+
+Results = Mapping[str, Sequence[Dict[str, Any]]]
+_METRICS = ("AP50", "AP75", "APs", "APm", "APl")
+READING = "## Reading"
+# Two rows of the paper that are no further apart count as equal: it has one figure for each.
+EQUAL_AP = 0.2
+
+
+def markdown(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """A table that reads as text too."""
+    widths = [max(len(str(line[i])) for line in [header, *lines]) for i in range(len(header))]
+    rule = ["-" * max(3, width) for width in widths]
+    return "\n".join(
+        "| " + " | ".join(str(cell).ljust(width) for cell, width in zip(line, widths)) + " |"
+        for line in [header, rule, *lines]
+    )
+
+
+def results_table(rows: Sequence[Row], results: Results) -> str:
+    """AP of each row: mean, least and greatest over the seeds, and the means of the others."""
+    lines = []
+    for row in rows:
+        aps = _aps(results, row)
+        others = [mean(run["bbox"][name] for run in results[row.name]) for name in _METRICS]
+        lines.append(
+            [
+                row.table,
+                row.title,
+                "" if row.ap is None else f"{row.ap:.1f}",
+                f"{mean(aps):.1f}",
+                f"{min(aps):.1f} to {max(aps):.1f}",
+                *(f"{value:.1f}" for value in others),
+            ]
+        )
+    seeds = len(results[rows[0].name])
+    header = ["table", "row", "AP in the paper (COCO)", "AP here", f"{seeds} seeds", *_METRICS]
+    return markdown(header, lines)
+
+
+def orderings(rows: Sequence[Row], results: Results) -> List[Tuple[str, str, str, str]]:
+    """Which row is better, for every two rows of a table: in the paper, here, and the verdict.
+
+    An ordering "holds" if every seed agrees with the paper, "is reversed" if every seed says the
+    opposite, else it is "not clear". Rows that the paper has as equal have no ordering.
+
+    Returns:
+        (pair, difference in the paper, difference here by seed, verdict).
+    """
+    found = []
+    for a, b in combinations(rows, 2):
+        if a.table != b.table or a.ap is None or b.ap is None:
+            continue
+        expected = b.ap - a.ap
+        differences = [y - x for x, y in zip(_aps(results, a), _aps(results, b))]
+        signs = {(difference > 0) - (difference < 0) for difference in differences}
+        sign = 1 if expected > 0 else -1
+        if abs(expected) <= EQUAL_AP + 1e-6:
+            verdict = "equal in the paper"
+        elif signs == {sign}:
+            verdict = "holds"
+        else:
+            verdict = "is reversed" if signs == {-sign} else "not clear"
+        here = ", ".join(f"{difference:+.1f}" for difference in differences)
+        found.append((f"{a.table}: {a.title} -> {b.title}", f"{expected:+.1f}", here, verdict))
+    return found
+
+
+def plot(rows: Sequence[Row], results: Results, path: Path) -> None:
+    """Bars of mean AP by table, a dot for each seed, as a PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    tables = list(dict.fromkeys(row.table for row in rows))
+    counts = [sum(row.table == table for row in rows) for table in tables]
+    figure, axes = plt.subplots(
+        len(tables),
+        1,
+        figsize=(8, 0.8 * len(tables) + 0.4 * len(rows)),
+        sharex=True,
+        squeeze=False,
+        gridspec_kw={"height_ratios": counts},
+        constrained_layout=True,
+    )
+    for axis, table in zip(axes[:, 0], tables):
+        of_table = [row for row in rows if row.table == table]
+        for y, row in enumerate(of_table):
+            aps = _aps(results, row)
+            axis.barh(y, mean(aps), color="#4c78a8", height=0.7)
+            axis.plot(aps, [y] * len(aps), "o", color="black", markersize=4)
+            axis.text(0.2, y, f"{mean(aps):.1f}", va="center", color="white")
+        axis.set_yticks(range(len(of_table)))
+        axis.set_yticklabels([row.title for row in of_table])
+        axis.invert_yaxis()
+        axis.set_title(table, loc="left", fontsize=10)
+        axis.grid(axis="x", alpha=0.3)
+        axis.set_axisbelow(True)
+    axes[-1, 0].set_xlabel("AP (%) on the embedded shapes, val split; dots are seeds")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+
+
+def write_report(rows: Sequence[Row], results: Results, file: Path, command: str) -> None:
+    """Write a Markdown report and its picture; what it has below "## Reading" is kept.
+
+    Args:
+        rows: in the order of the tables.
+        results: of `run_rows`.
+        file: the report; the picture lies beside it.
+        command: that makes it again.
+    """
+    picture = file.with_suffix(".png")
+    plot(rows, results, picture)
+    runs = list({(r["config"], r["seed"]): r for rs in results.values() for r in rs}.values())
+    wall, cpu = sum(r["seconds"] for r in runs), mean(r["cpu_seconds"] for r in runs)
+    seeds = sorted({r["seed"] for r in runs})
+    verdicts = orderings(rows, results)
+    counts = [
+        f"{sum(v[3] == verdict for v in verdicts)} {words}"
+        for verdict, words in (
+            ("holds", "hold with every seed"),
+            ("is reversed", "are reversed with every seed"),
+            ("not clear", "are not clear (seeds disagree)"),
+            ("equal in the paper", "are within 0.2 AP in the paper"),
+        )
+    ]
+    what = (
+        "Rows of the paper's tables, trained from scratch on the embedded shapes under equal "
+        "conditions: the row's assigner, box transform, head, loss and anchors on the data, "
+        "backbone and schedule of `configs/toy/atss_toy.py`, made smaller. "
+        f"{runs[0]['iterations']} iterations of {runs[0]['batch']} images; AP on the 150 val "
+        "images. The paper's figures are COCO AP of large models after 90,000 iterations or more: "
+        "only orderings can be compared, not values. Rows of different tables that are the same "
+        "model share their runs."
+    )
+    pairs = (
+        f"Every two rows of a table, second minus first. Of {len(verdicts)} pairs, "
+        f"{', '.join(counts)}."
+    )
+    how = (
+        f"{len(runs)} runs with the seeds {', '.join(str(seed) for seed in seeds)}: {cpu:.0f} s of "
+        f"CPU time each on average, {wall / 60:.0f} minutes of wall time summed over the runs. "
+        f"Machine: {_machine()}."
+    )
+    reading = "Not written yet.\n"
+    if file.is_file() and READING in file.read_text():
+        reading = file.read_text().split(READING, 1)[1].lstrip("\n")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(
+        f"""# The paper's ablations in small
+
+{_fill(what)}
+
+![AP of each row]({picture.name})
+
+{results_table(rows, results)}
+
+## Orderings
+
+{_fill(pairs)}
+
+{markdown(["rows", "the paper", "here, by seed", "verdict"], verdicts)}
+
+## How it was made
+
+```bash
+{command}
+```
+
+{_fill(how)}
+
+{READING}
+
+{reading}"""
+    )
+
+
+def _aps(results: Results, row: Row) -> List[float]:
+    return [run["bbox"]["AP"] for run in results[row.name]]
+
+
+def _fill(text: str) -> str:
+    return textwrap.fill(text, 100, break_on_hyphens=False)
+
+
+def _machine() -> str:
+    """Kind of processor and versions, as far as the system tells."""
+    import detectron2
+
+    name, bf16 = platform.machine(), False
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        lines = cpuinfo.read_text().splitlines()
+        names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+        name = names[0] if names else name
+        bf16 = any("avx512_bf16" in line for line in lines)
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU {name}"
+    return (
+        f"{device}{' (AVX512-BF16)' if bf16 else ''}, one thread a run, "
+        f"PyTorch {torch.__version__.split('+')[0]}, Detectron2 {detectron2.__version__}"
+    )

@@ -1,0 +1,200 @@
+"""What does a row do on the embedded shapes, under the same conditions as every other row?
+
+One rule takes a row there: the parts of the model that the four axes switch are the row's; all the
+rest is `configs/toy/atss_toy.py`. Data, their order and the initial backbone follow from the seed.
+"""
+
+import contextlib
+import hashlib
+import json
+import math
+import os
+import shutil
+import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, Callable, Dict, List, Sequence, Tuple
+
+import torch
+from ablation_differences import OUTPUT_DIR, flatten
+from ablation_rows import Row, find_rows, load_row, select_rows
+from atss.data import register_toy_shapes
+from atss.lazy_training import apply_overrides, load_lazy_config, train_lazy
+from atss.model_zoo import config_file
+from omegaconf import DictConfig
+
+from detectron2.utils.env import seed_all_rng
+
+__all__ = ["AXES", "SIZES", "Settings", "fingerprint", "run_rows", "toy_config"]
+
+# Where the method is; backbone, data, optimizer and schedule are not among them.
+AXES = ("assigner", "box2box_transform", "head", "loss", "anchor_generator")
+
+_THIN = [
+    "model.backbone.stem_out_channels=16",
+    "model.backbone.res2_out_channels=16",
+    "model.backbone.out_channels=32",
+    "dataloader.train.total_batch_size=8",
+    "train.max_iter=600",
+    "optimizer.lr=0.002",
+]
+SIZES = {
+    "tiny": [*_THIN, "model.head.num_convs=1", "dataloader.train.total_batch_size=2"],
+    "small": _THIN,
+    "toy": [],  # that of `make demo`
+}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The conditions that all rows share.
+
+    Attributes:
+        size: "small" (two minutes of one CPU core a run), "toy" (the model and schedule of `make
+            demo`) or "tiny" (to see that it works).
+        iterations: of training; 0 for those of the size.
+        overrides: key=value for the config, applied last.
+        threads: CPU threads of a run.
+    """
+
+    size: str = "small"
+    iterations: int = 0
+    overrides: Tuple[str, ...] = ()
+    threads: int = 1
+
+
+def toy_config(row: Row, settings: Settings) -> DictConfig:
+    """The row's method on the toy's data, backbone and schedule.
+
+    Raises:
+        ValueError: for an unknown size, or an override that changes nothing.
+    """
+    if settings.size not in SIZES:
+        raise ValueError(f"Unknown --size {settings.size!r}; known are {sorted(SIZES)}.")
+    cfg = load_lazy_config(config_file("toy/atss_toy"))
+    method = load_row(row).model
+    num_convs = cfg.model.head.num_convs
+    for part in AXES:
+        cfg.model[part] = method[part]
+    cfg.model.head.num_convs = num_convs  # the size of the model is the toy's
+    overrides = [
+        "train.eval_period=0",  # once, at the end
+        "train.checkpointer.period=1000000",
+        # In the main process: workers would draw other augmentations, depending on their number.
+        "dataloader.train.num_workers=0",
+        "dataloader.test.num_workers=0",
+        *SIZES[settings.size],
+        *([f"train.max_iter={settings.iterations}"] if settings.iterations else []),
+        *settings.overrides,
+    ]
+    return apply_overrides(cfg, overrides)
+
+
+def fingerprint(cfg: DictConfig) -> str:
+    """Equal for configs that train the same model in the same way, whatever rows they come from."""
+    flat = flatten(cfg, resolve=True)
+    flat.pop(OUTPUT_DIR)
+    flat.pop("train.seed")
+    content = json.dumps(flat, sort_keys=True, default=str)
+    return hashlib.sha256(content.encode()).hexdigest()[:10]
+
+
+def run_rows(
+    rows: Sequence[Row],
+    settings: Settings,
+    seeds: Sequence[int],
+    output: Path,
+    workers: int = 1,
+    say: Callable[[str], None] = print,
+) -> Dict[str, List[Dict[str, Any]]]:
+    """Train each row with each seed; runs that are there already are not repeated.
+
+    Rows that come out as the same config share their runs.
+
+    Args:
+        rows: what to train.
+        settings: the conditions, equal for all.
+        seeds: one run for each.
+        output: folder with one folder per run in it; its `result.json` comes last.
+        workers: runs at a time.
+        say: takes a line about progress.
+
+    Returns:
+        Name of the row -> results in the order of the seeds: "bbox" with AP, "seconds",
+        "cpu_seconds" and others.
+    """
+    register_toy_shapes()  # rendered once, before runs ask for it
+    marks = {row.name: fingerprint(toy_config(row, settings)) for row in rows}
+    first: Dict[str, str] = {}
+    for name, mark in marks.items():
+        first.setdefault(mark, name)
+    jobs = [
+        (name, seed, output / f"{mark}_seed{seed}")
+        for seed in seeds
+        for mark, name in first.items()
+    ]
+    missing = [job for job in jobs if not (job[2] / "result.json").is_file()]
+    say(f"{len(rows)} rows, {len(jobs)} different runs, {len(missing)} of them to do.")
+
+    def finished(folder: Path, number: int) -> None:
+        result = _result(folder)
+        say(
+            f"[{number}/{len(missing)}] {result['row']}, seed {result['seed']}: "
+            f"AP {result['bbox']['AP']:.1f} in {result['seconds']:.0f} s"
+        )
+
+    if workers == 1:
+        for number, job in enumerate(missing, start=1):
+            _run(*job, settings)
+            finished(job[2], number)
+    elif missing:
+        with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+            futures = {pool.submit(_run, *job, settings): job[2] for job in missing}
+            for number, future in enumerate(as_completed(futures), start=1):
+                future.result()
+                finished(futures[future], number)
+    return {
+        name: [_result(output / f"{mark}_seed{seed}") for seed in seeds]
+        for name, mark in marks.items()
+    }
+
+
+def _result(folder: Path) -> Dict[str, Any]:
+    return json.loads((folder / "result.json").read_text())
+
+
+def _or_zero(value: float) -> float:
+    return 0.0 if math.isnan(value) else float(value)
+
+
+def _run(name: str, seed: int, folder: Path, settings: Settings) -> None:
+    """Train and evaluate one row with one seed, in this process."""
+    torch.set_num_threads(settings.threads)
+    register_toy_shapes()
+    (row,) = select_rows(find_rows(), [name])
+    cfg = toy_config(row, settings)
+    mark = fingerprint(cfg)
+    shutil.rmtree(folder, ignore_errors=True)  # what an interrupted run left
+    folder.mkdir(parents=True)
+    cfg.train.output_dir = str(folder)
+    cfg.train.seed = seed
+    seed_all_rng(seed)
+    start, cpu_start = time.perf_counter(), time.process_time()
+    with open(folder / "log.txt", "w") as log, contextlib.redirect_stdout(log):
+        results = train_lazy(cfg)
+    content = {
+        "row": name,
+        "config": mark,
+        "seed": seed,
+        "iterations": cfg.train.max_iter,
+        "batch": cfg.dataloader.train.total_batch_size,
+        "seconds": round(time.perf_counter() - start, 1),
+        "cpu_seconds": round(time.process_time() - cpu_start, 1),
+        # COCO's evaluation has no figure for a model that finds nothing at all.
+        "bbox": {key: round(_or_zero(value), 3) for key, value in results["bbox"].items()},
+    }
+    partial = folder / "result.json.partial"
+    partial.write_text(json.dumps(content, indent=1))
+    os.replace(partial, folder / "result.json")  # there only if it is whole
