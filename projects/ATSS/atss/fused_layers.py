@@ -1,0 +1,167 @@
+"""How do convolutions run faster on a CPU? With weights in oneDNN's own layout, and ReLU built in.
+
+torch rearranges the weights of a convolution on every call, passes small ones to a slower path, and
+reads and writes each activation again for bias, addition and ReLU. oneDNN's fused operators, which
+`torch.compile` also emits, do none of that. They are not a public interface of torch, so everything
+here falls back to what a layer did before: without the operators, on a GPU, when a gradient is
+wanted, while tracing or compiling.
+"""
+
+from functools import cache
+from typing import Any, Dict, Optional
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from detectron2.layers import Conv2d
+from detectron2.modeling.backbone.resnet import BasicBlock, BottleneckBlock
+
+__all__ = ["FusedBasicBlock", "FusedBottleneckBlock", "FusedConv2d", "fuse_convolutions"]
+
+
+class FusedConv2d(Conv2d):
+    """Detectron2's `Conv2d` on oneDNN's operator; takes the place of `nn.Conv2d`, too.
+
+    Made by `fuse_convolutions` from a layer that exists, which stays the same object with the same
+    parameters. The rearranged weights are made on the first call, beside the parameters, and again
+    when these change by `load_state_dict` or `to`.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, in_channels, H, W) to (N, out_channels, Ho, Wo)."""
+        x = self.convolve(x)
+        if self.norm is not None:
+            x = self.norm(x)
+        if self.activation is not None:
+            x = self.activation(x)
+        return x
+
+    def convolve(self, x: Tensor, other: Optional[Tensor] = None, relu: bool = False) -> Tensor:
+        """Convolution without norm and activation, with what can be fused into it.
+
+        Args:
+            x: (N, in_channels, H, W).
+            other: (N, out_channels, Ho, Wo) added to the result, if given.
+            relu: apply a ReLU last.
+
+        Returns:
+            (N, out_channels, Ho, Wo).
+        """
+        if not _can_fuse(x, self.weight):
+            x = self._conv_forward(x, self.weight, self.bias)
+            x = x if other is None else x.add_(other)
+            return F.relu(x) if relu else x
+        window = (self.padding, self.stride, self.dilation, self.groups)
+        if self.__dict__.get("_packed") is None:
+            self._packed = torch.ops.mkldnn._reorder_convolution_weight(
+                self.weight.detach(), *window, list(x.shape)
+            )
+        if other is None:
+            return torch.ops.mkldnn._convolution_pointwise(
+                x, self._packed, self.bias, *window, "relu" if relu else "none", [], ""
+            )
+        return torch.ops.mkldnn._convolution_pointwise.binary(
+            x, other, self._packed, self.bias, *window, "add", 1.0, "relu" if relu else None, [], ""
+        )
+
+    def _apply(self, *args, **kwargs):
+        self._packed = None
+        return super()._apply(*args, **kwargs)
+
+    def _load_from_state_dict(self, *args, **kwargs):
+        self._packed = None
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def __getstate__(self) -> Dict[str, Any]:
+        # oneDNN's layout can be neither copied nor saved.
+        return {key: value for key, value in self.__dict__.items() if key != "_packed"}
+
+
+class FusedBottleneckBlock(BottleneckBlock):
+    """Detectron2's bottleneck with addition and ReLUs inside the convolutions."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, in_channels, H, W) to (N, out_channels, Ho, Wo)."""
+        out = self.conv2.convolve(self.conv1.convolve(x, relu=True), relu=True)
+        shortcut = x if self.shortcut is None else self.shortcut(x)
+        return self.conv3.convolve(out, shortcut, relu=True)
+
+
+class FusedBasicBlock(BasicBlock):
+    """Detectron2's basic block with addition and ReLUs inside the convolutions."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, in_channels, H, W) to (N, out_channels, Ho, Wo)."""
+        out = self.conv1.convolve(x, relu=True)
+        shortcut = x if self.shortcut is None else self.shortcut(x)
+        return self.conv2.convolve(out, shortcut, relu=True)
+
+
+_BLOCKS = {BottleneckBlock: FusedBottleneckBlock, BasicBlock: FusedBasicBlock}
+
+
+def fuse_convolutions(model: nn.Module) -> int:
+    """Let the convolutions of a model, and the residual blocks they form, run fused.
+
+    Call it after folding: blocks whose convolutions still have a norm keep their own forward.
+    Objects and parameters stay, only their class changes; a Python list that holds a layer, as in
+    Detectron2's FPN, so needs no care.
+
+    Args:
+        model: changed in place.
+
+    Returns:
+        How many convolutions will run fused, 0 where this torch lacks the operators.
+    """
+    if not _has_operators():
+        return 0
+    count = 0
+    for module in model.modules():
+        if type(module) not in (nn.Conv2d, Conv2d) or module.padding_mode != "zeros":
+            continue
+        if isinstance(module.padding, str):
+            continue
+        if type(module) is nn.Conv2d:
+            module.norm, module.activation = None, None
+        module.__class__ = FusedConv2d
+        count += 1
+    for module in model.modules():
+        if type(module) in _BLOCKS and all(
+            isinstance(child, FusedConv2d) and child.norm is None and child.activation is None
+            for child in module.children()
+        ):
+            module.__class__ = _BLOCKS[type(module)]
+    return count
+
+
+def _can_fuse(x: Tensor, weight: Tensor) -> bool:
+    if torch.jit.is_tracing() or torch.jit.is_scripting() or _is_compiling():
+        return False
+    wants_gradient = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+    return (
+        x.device.type == "cpu" and x.dtype == weight.dtype and x.numel() > 0 and not wants_gradient
+    )
+
+
+def _is_compiling() -> bool:
+    compiler = getattr(torch, "compiler", None)  # torch < 2.1 has no is_compiling there
+    return hasattr(compiler, "is_compiling") and compiler.is_compiling()
+
+
+@cache
+def _has_operators() -> bool:
+    """Whether this torch has the operators, with the arguments and results we expect."""
+    if not torch.backends.mkldnn.is_available():
+        return False
+    conv = nn.Conv2d(4, 4, 3, padding=1).requires_grad_(False)
+    x = torch.ones(1, 4, 5, 5)
+    expected = F.relu(conv(x) + x)
+    fused = nn.Conv2d(4, 4, 3, padding=1).requires_grad_(False)
+    fused.load_state_dict(conv.state_dict())
+    fused.norm, fused.activation = None, None
+    fused.__class__ = FusedConv2d
+    try:
+        return torch.allclose(fused.convolve(x, x.clone(), relu=True), expected, atol=1e-4)
+    except (AttributeError, RuntimeError, TypeError):
+        return False
