@@ -65,16 +65,20 @@ def nms_per_class(boxes: Tensor, ranks: Tensor, classes: Tensor, nms_thresh: flo
 
     Args:
         boxes: (D, 4) xyxy in pixels.
-        ranks: (D,) float32 higher is better, no two alike.
+        ranks: (D,) positive, higher is better, no two alike.
         classes: (D,) int64.
         nms_thresh: IoU above which the worse of two boxes goes.
 
     Returns:
         int64 indices of the boxes kept, best first.
     """
-    largest = torch.cat((boxes.reshape(-1), boxes.new_zeros(1))).max()
-    offsets = classes.double() * (largest + 1).double()
-    return torchvision.ops.nms(boxes.double() + offsets.unsqueeze(1), ranks.double(), nms_thresh)
+    # Two empty boxes of the lowest rank, which nothing suppresses: torch.export takes for granted
+    # that torchvision's NMS keeps two boxes at least.
+    boxes = torch.cat((boxes, boxes.new_zeros(2, 4))).double()
+    ranks = torch.cat((ranks, ranks.new_zeros(2))).double()
+    classes = torch.cat((classes, classes.new_zeros(2)))
+    offsets = classes * (boxes.max() + 1)
+    return torchvision.ops.nms(boxes + offsets.unsqueeze(1), ranks, nms_thresh)[:-2]
 
 
 def detect(
