@@ -71,7 +71,11 @@ def test_octaves_multiply_by_two_to_the_fraction():
     "changes, words",
     [
         ({"sizes": [[-1.0]]}, "sizes must be positive"),
-        ({"aspect_ratios": [0.0]}, "aspect_ratios must be positive"),
+        ({"aspect_ratios": [0.0]}, "aspect_ratios must be positive.*model.anchor_generator.aspect"),
+        ({"aspect_ratios": [[1.0], [1.0], [1.0], [1.0], []]}, "at least one on every level"),
+        ({"aspect_ratios": [float("inf")]}, "aspect_ratios must be positive"),
+        ({"aspect_ratios": []}, "cannot be empty.*model.anchor_generator"),
+        ({"sizes": [[8.0], [16.0]]}, "length 2 .*model.anchor_generator"),
         ({"strides": [8, 16, 32, 64, 0]}, "strides must be positive"),
         ({"offset": 1.0}, r"offset must be in \[0, 1\), got 1.0"),
         ({"sizes": [[1.0], [1.0], [1.0], [1.0], [1.0, 2.0]]}, "same number of anchors"),
@@ -89,5 +93,12 @@ def test_wrong_numbers_of_levels_are_named():
         AnchorGrid([(1, 1)], [8], [torch.zeros(1, 3)])
     with pytest.raises(ValueError, match="5 strides .* got 2 feature maps"):
         generator()(features(64, 64)[:2])
-    with pytest.raises(ValueError, match="positive"):
-        octave_sizes([8], scale=0)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"scale": 0}, {"scale": float("nan")}, {"scales_per_octave": 0},
+              {"scales_per_octave": 1.5}, {"scales_per_octave": True}, {"strides": [8, -16]}]
+)  # fmt: skip
+def test_octaves_that_are_none_are_refused_with_what_to_change(wrong):
+    with pytest.raises(ValueError, match="positive.*model.anchor_generator.sizes"):
+        octave_sizes(**wrong)

@@ -157,17 +157,20 @@ def octave_sizes(
         L lists of `scales_per_octave` sizes (square roots of area) in pixels.
 
     Raises:
-        ValueError: if a stride, the scale or the number of scales is not positive.
+        ValueError: if a stride or the scale is not positive, or the number of scales no positive
+            integer.
 
     Example:
         >>> octave_sizes([8, 16])
         [[64.0], [128.0]]
     """
-    if not (scale > 0 and scales_per_octave >= 1 and all(stride > 0 for stride in strides)):
+    is_integer = isinstance(scales_per_octave, int) and not isinstance(scales_per_octave, bool)
+    is_positive = all(0 < value < float("inf") for value in (scale, *strides))
+    if not (is_positive and is_integer and scales_per_octave >= 1):
         raise ValueError(
-            "octave_sizes needs positive strides, a positive scale and at least one scale per "
-            f"octave, got strides={list(strides)}, scale={scale}, "
-            f"scales_per_octave={scales_per_octave}."
+            "octave_sizes needs positive strides, a positive scale and an integer "
+            f"scales_per_octave >= 1, got strides={list(strides)}, scale={scale}, "
+            f"scales_per_octave={scales_per_octave!r}. Change model.anchor_generator.sizes."
         )
     octaves = [2 ** (j / scales_per_octave) for j in range(scales_per_octave)]
     return [[float(stride * scale * octave) for octave in octaves] for stride in strides]
@@ -196,7 +199,15 @@ class GridAnchorGenerator(DefaultAnchorGenerator):
         offset = kwargs.get("offset", 0.5)
         if not 0.0 <= offset < 1.0:
             raise ValueError(f"anchor_generator.offset must be in [0, 1), got {offset}.")
-        super().__init__(*args, **kwargs)
+        try:
+            super().__init__(*args, **kwargs)
+        except (
+            AssertionError
+        ) as error:  # Detectron2's way to refuse an empty list or a wrong length
+            raise ValueError(
+                f"{error} Give model.anchor_generator (MODEL.ANCHOR_GENERATOR) one list of sizes "
+                "and one of aspect ratios for all levels, or one per level."
+            ) from error
         if len(set(self.num_anchors)) != 1:
             raise ValueError(
                 "GridAnchorGenerator needs the same number of anchors per location on every level, "
@@ -252,5 +263,9 @@ class GridAnchorGenerator(DefaultAnchorGenerator):
 
 
 def _check_positive(name: str, values: Sequence[Sequence[float]]) -> None:
-    if not all(value > 0 for level in values for value in level):
-        raise ValueError(f"{name} must be positive, got {[list(level) for level in values]}.")
+    values = [list(level) for level in values]
+    if not all(level and all(0 < value < float("inf") for value in level) for level in values):
+        raise ValueError(
+            f"{name} must be positive, at least one on every level, got {values}. Change "
+            f"model.{name} (in YAML MODEL.{name.upper()})."
+        )
