@@ -6,6 +6,7 @@ import pytest
 import torch
 from atss import ATSS, ATSSDetector, add_atss_config
 from atss.anchors import GridAnchorGenerator, octave_sizes
+from atss.assigners import IoUAssigner
 from atss.box_regression import Box2BoxTransform, PointToBoxTransform
 from atss.losses import DenseLoss
 from conftest import STRIDES, make_input, tiny_detector
@@ -40,16 +41,20 @@ def test_every_trainable_parameter_gets_a_finite_gradient_from_every_batch(batch
 
 
 @pytest.mark.parametrize(
-    "norm, box_loss, with_centerness, level_scales",
-    itertools.product(["GN", ""], ["giou", "smooth_l1"], [True, False], [True, False]),
+    "norm, box_loss, center_in_gt, with_centerness, level_scales",
+    itertools.product(["GN", ""], ["giou", "smooth_l1"], *[[True, False]] * 3),
 )
-def test_improvements_are_independent_switches(norm, box_loss, with_centerness, level_scales):
+def test_improvements_are_independent_switches(
+    norm, box_loss, center_in_gt, with_centerness, level_scales
+):
     model = tiny_detector(
         head=dict(norm=norm, centerness=with_centerness, level_scales=level_scales),
         loss=dict(box_loss=box_loss),
+        assigner=IoUAssigner(center_in_gt=center_in_gt),
     )
     losses = model([make_input(boxes=BOXES, classes=[0, 2]), make_input()])
     assert ("loss_centerness" in losses) == with_centerness
+    assert all(value.isfinite() for value in losses.values())
     sum(losses.values()).backward()
     assert gradients_are_finite(model)
 
