@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .export import PathLike, RawHeads, Size, _detect_as_tensors, output_names
-from .export_onnx import load_onnx
+from .export_modules import PathLike, RawHeads, Size, detect_as_tensors, output_names
+from .export_operators import load_onnx
 
 __all__ = [
     "CheckRow",
@@ -112,17 +112,18 @@ def compare_with_eager(
     reference = RawHeads(model) if raw_heads else None
     rows = []
     for i, size in enumerate(sizes):
-        images = torch.stack([
-            synthetic_image(size, seed=i * batch_size + j) if image is None else _shifted(image, size, j)
-            for j in range(batch_size)
-        ])  # fmt: skip
+        if image is None:
+            seeds = range(i * batch_size, (i + 1) * batch_size)
+            images = torch.stack([synthetic_image(size, seed) for seed in seeds])
+        else:
+            images = torch.stack([_shifted(image, size, shift) for shift in range(batch_size)])
         found = run(images)
         if raw_heads:
             score_thresh = model.proposal_generator.score_thresh
             rows.append(_compare_raw(size, reference(images), found, score_thresh))
         else:
             names = output_names(model, batch_size)
-            rows.append(_compare(size, _detect_as_tensors(model, images), found, names))
+            rows.append(_compare(size, detect_as_tensors(model, images), found, names))
     model.train(was_training)
     return rows
 
@@ -137,9 +138,10 @@ def format_table(rows: Sequence[CheckRow]) -> str:
         verdict = "ok" if row.passed else "FAILED"
         if row.num_unmatched:
             verdict += f", {row.num_unmatched} without a partner"
+        size = f"{row.size[0]} x {row.size[1]}"
         lines.append(
-            f"{f'{row.size[0]} x {row.size[1]}':>14}  {row.num_eager:>7}  {row.num_exported:>8}  "
-            f"{row.box_difference:>9.5f}  {row.score_difference:>8.1e}  {row.num_ties:>4}  {verdict}"
+            f"{size:>14}  {row.num_eager:>7}  {row.num_exported:>8}  {row.box_difference:>9.5f}  "
+            f"{row.score_difference:>8.1e}  {row.num_ties:>4}  {verdict}"
         )
     return "\n".join(lines)
 
@@ -183,8 +185,8 @@ def spread_scores(model: nn.Module, size: Size = (256, 320), std: float = 2.0) -
     _rescale(core.head.bbox_pred, predictions.deltas, 0.5, None)
     if predictions.centerness is not None:
         _rescale(core.head.centerness, predictions.centerness, 1.0, 0.0)
-    predictor = getattr(getattr(model, "roi_heads", None), "box_predictor", None)
-    if predictor is not None:
+    predictors = getattr(getattr(model, "roi_heads", None), "box_predictor", nn.ModuleList())
+    for predictor in predictors if isinstance(predictors, nn.ModuleList) else [predictors]:
         outputs: List[Tensor] = []
         hook = predictor.cls_score.register_forward_hook(lambda *args: outputs.append(args[2]))
         model(inputs)

@@ -1,83 +1,24 @@
-"""How does a detector become an ONNX file that a runtime without PyTorch can run?
+"""Which operators does ONNX get from us?
 
-Most operators have a translation in PyTorch's exporter. Three get one of ours: suppression per
-class, which ONNX can do in one node and exactly; stable sorting; and deformable convolution.
+Most have a translation in PyTorch's exporter. Three are translated here: suppression per class,
+which ONNX can do in one node and exactly; stable sorting; and deformable convolution.
 """
 
 import functools
 import os
+from typing import Callable, Dict
 
 import torch
 from torch import Tensor
 
-from .detector import ATSSDetector
-from .export import PathLike, Size, export_program, output_names
+from .export_modules import PathLike
 from .traceable import nms_per_class
 
-__all__ = ["DEFAULT_OPSET", "MissingOperatorError", "export_onnx", "load_onnx"]
-
-DEFAULT_OPSET = 20  # DeformConv came with 19
+__all__ = ["MissingOperatorError", "load_onnx", "nms_operator", "translations"]
 
 
 class MissingOperatorError(RuntimeError):
     """The installed onnxruntime lacks an operator of the model."""
-
-
-def export_onnx(
-    model: ATSSDetector,
-    path: PathLike,
-    batch_size: int = 1,
-    example_size: Size = (256, 320),
-    raw_heads: bool = False,
-    opset: int = DEFAULT_OPSET,
-) -> None:
-    """An ONNX file with dynamic height and width, and NMS inside.
-
-    Args:
-        model: the detector.
-        path: ".onnx" file to write.
-        batch_size: N of the file.
-        example_size: (height, width) of the example image; any other will do later, except for raw
-            heads, whose size this is.
-        raw_heads: export `RawHeads`, with all shapes fixed.
-        opset: version of the ONNX operators, at least 18.
-
-    Raises:
-        ImportError: without onnx and onnxscript.
-        TypeError: for a model that is not an `ATSSDetector`.
-        ValueError: for an opset that is too old.
-    """
-    try:
-        import onnx  # noqa: F401
-        import onnxscript  # noqa: F401
-    except ImportError as error:
-        raise ImportError(
-            f"ONNX export needs onnx and onnxscript ({error}). Install them with "
-            '`pip install "atss[export]"`.'
-        ) from error
-    least = 19 if _is_deformable(model) else 18
-    if opset < least:
-        raise ValueError(f"This model needs an ONNX opset of {least} or newer, got {opset}.")
-    nms = functools.partial(
-        _onnx_nms(),
-        num_classes=model.proposal_generator.num_classes,
-        # More of one class than of the whole image are never kept.
-        most=max(model.proposal_generator.detections_per_image, 0),
-    )
-    program = export_program(model, None, batch_size, example_size, raw_heads, nms)
-    exported = torch.onnx.export(
-        program,
-        (),
-        dynamo=True,
-        opset_version=opset,
-        input_names=["images"],
-        output_names=output_names(model, batch_size, raw_heads),
-        custom_translation_table=_translations(),
-        verbose=False,
-    )
-    if not raw_heads:
-        _name_sizes(exported.model, batch_size)
-    exported.save(os.fspath(path), external_data=False)
 
 
 def load_onnx(path: PathLike):
@@ -113,14 +54,8 @@ def load_onnx(path: PathLike):
         ) from error
 
 
-def _is_deformable(model: ATSSDetector) -> bool:
-    from .layers import DeformConv2d
-
-    return any(isinstance(module, DeformConv2d) for module in model.modules())
-
-
 @functools.lru_cache(None)
-def _onnx_nms():
+def nms_operator() -> Callable[..., Tensor]:
     """An operator that stands for suppression per class until it is translated."""
     library = torch.library
 
@@ -142,7 +77,8 @@ def _onnx_nms():
     return nms
 
 
-def _translations():
+def translations() -> Dict[Callable, Callable]:
+    """ONNX functions by the PyTorch operator that they stand for."""
     from onnxscript import opset19 as op
 
     def nms_translated(boxes, ranks, classes, nms_thresh, num_classes, most):
@@ -190,12 +126,3 @@ def _translations():
         torch.ops.aten.sort.stable: sort_stable,
         torch.ops.torchvision.deform_conv2d.default: deform_conv2d,
     }
-
-
-def _name_sizes(model, batch_size: int) -> None:
-    """Give the sizes that may vary a name, for people who look at the file."""
-    import onnxscript.ir as ir
-
-    model.graph.inputs[0].shape = ir.Shape([batch_size, 3, "height", "width"])
-    for output in model.graph.outputs:
-        output.shape = ir.Shape(["detections", *output.shape[1:]])
