@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from detectron2.layers import Conv2d
-from detectron2.modeling.backbone.resnet import BasicBlock, BottleneckBlock
+from detectron2.modeling.backbone.resnet import BasicBlock, BottleneckBlock, ResNet
 
 __all__ = ["FusedBasicBlock", "FusedBottleneckBlock", "FusedConv2d", "fuse_convolutions"]
 
@@ -37,12 +37,12 @@ class FusedConv2d(Conv2d):
             x = self.activation(x)
         return x
 
-    def convolve(self, x: Tensor, other: Optional[Tensor] = None, relu: bool = False) -> Tensor:
+    def convolve(self, x: Tensor, onto: Optional[Tensor] = None, relu: bool = False) -> Tensor:
         """Convolution without norm and activation, with what can be fused into it.
 
         Args:
             x: (N, in_channels, H, W).
-            other: (N, out_channels, Ho, Wo) added to the result, if given.
+            onto: (N, out_channels, Ho, Wo), if given; the result is added to it, in place.
             relu: apply a ReLU last.
 
         Returns:
@@ -50,19 +50,19 @@ class FusedConv2d(Conv2d):
         """
         if not _can_fuse(x, self.weight):
             x = self._conv_forward(x, self.weight, self.bias)
-            x = x if other is None else x.add_(other)
+            x = x if onto is None else x.add_(onto)
             return F.relu(x) if relu else x
         window = (self.padding, self.stride, self.dilation, self.groups)
         if self.__dict__.get("_packed") is None:
             self._packed = torch.ops.mkldnn._reorder_convolution_weight(
                 self.weight.detach(), *window, list(x.shape)
             )
-        if other is None:
+        if onto is None:
             return torch.ops.mkldnn._convolution_pointwise(
                 x, self._packed, self.bias, *window, "relu" if relu else "none", [], ""
             )
-        return torch.ops.mkldnn._convolution_pointwise.binary(
-            x, other, self._packed, self.bias, *window, "add", 1.0, "relu" if relu else None, [], ""
+        return torch.ops.mkldnn._convolution_pointwise_.binary(
+            onto, x, self._packed, self.bias, *window, "add", 1.0, "relu" if relu else None, [], ""
         )
 
     def _apply(self, *args, **kwargs):
@@ -79,23 +79,38 @@ class FusedConv2d(Conv2d):
 
 
 class FusedBottleneckBlock(BottleneckBlock):
-    """Detectron2's bottleneck with addition and ReLUs inside the convolutions."""
+    """Detectron2's bottleneck with addition and ReLUs inside the convolutions.
+
+    The sum is written over the shortcut. Where that is the input itself, only a block inside a
+    stage (`owns_input`) may do so: the input of a stage is a feature that others read.
+    """
+
+    owns_input = False
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, in_channels, H, W) to (N, out_channels, Ho, Wo)."""
         out = self.conv2.convolve(self.conv1.convolve(x, relu=True), relu=True)
-        shortcut = x if self.shortcut is None else self.shortcut(x)
-        return self.conv3.convolve(out, shortcut, relu=True)
+        return self.conv3.convolve(out, _shortcut(self, x), relu=True)
 
 
 class FusedBasicBlock(BasicBlock):
-    """Detectron2's basic block with addition and ReLUs inside the convolutions."""
+    """Detectron2's basic block with addition and ReLUs inside the convolutions.
+
+    It writes over its shortcut: see `FusedBottleneckBlock`.
+    """
+
+    owns_input = False
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, in_channels, H, W) to (N, out_channels, Ho, Wo)."""
         out = self.conv1.convolve(x, relu=True)
-        shortcut = x if self.shortcut is None else self.shortcut(x)
-        return self.conv2.convolve(out, shortcut, relu=True)
+        return self.conv2.convolve(out, _shortcut(self, x), relu=True)
+
+
+def _shortcut(block: nn.Module, x: Tensor) -> Tensor:
+    if block.shortcut is not None:
+        return block.shortcut(x)
+    return x if block.owns_input else x.clone()
 
 
 _BLOCKS = {BottleneckBlock: FusedBottleneckBlock, BasicBlock: FusedBasicBlock}
@@ -132,6 +147,11 @@ def fuse_convolutions(model: nn.Module) -> int:
             for child in module.children()
         ):
             module.__class__ = _BLOCKS[type(module)]
+    for module in model.modules():
+        if isinstance(module, ResNet):
+            for stage in module.stages:
+                for block in list(stage)[1:]:
+                    block.owns_input = True
     return count
 
 
