@@ -49,8 +49,8 @@ def load_onnx(path: PathLike):
             raise
         raise MissingOperatorError(
             f"onnxruntime {onnxruntime.__version__} lacks an operator of this model on the CPU "
-            f"({error}). The file itself is valid ONNX: use a newer onnxruntime or another "
-            "runtime, or export with --format torchscript or --format export."
+            f"({error}). Version 1.31 has all that are used here; without it, export with "
+            "--format torchscript or --format export."
         ) from error
 
 
