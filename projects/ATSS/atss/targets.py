@@ -13,6 +13,7 @@ from detectron2.structures import Boxes, Instances
 
 from .anchors import AnchorGrid
 from .assigners import Assignment, Claims
+from .assigners.assignment import concatenate_boxes
 from .geometry import box_centers, ltrb_distances
 
 __all__ = ["Targets", "centerness_targets", "label_anchors"]
@@ -53,6 +54,8 @@ def label_anchors(
         `Targets` of shape (N, R).
     """
     assignment = assigner(anchors, [instances.gt_boxes for instances in gt_instances])
+    if assignment.claims is not None:
+        return _sparse_targets(assignment, gt_instances, num_classes)
     matched_idxs = assignment.matched_idxs  # (N, R)
     labels = torch.full_like(matched_idxs, num_classes)
     boxes = torch.zeros((*matched_idxs.shape, 4), device=matched_idxs.device)
@@ -66,7 +69,34 @@ def label_anchors(
             labels[i] = instances.gt_classes[matched_idxs[i]]
     labels = labels.masked_fill(assignment.match_labels == 0, num_classes)
     labels = labels.masked_fill(assignment.match_labels < 0, -1)
-    return Targets(labels, boxes, assignment.claims)
+    return Targets(labels, boxes)
+
+
+def _sparse_targets(
+    assignment: Assignment, gt_instances: Sequence[Instances], num_classes: int
+) -> Targets:
+    """The same from the claims of M objects, which visit their candidates only."""
+    claims = assignment.claims
+    num_images, num_anchors = assignment.matched_idxs.shape
+    device = assignment.matched_idxs.device
+    last = num_images * num_anchors
+    places = claims.image_idxs.unsqueeze(1) * num_anchors + claims.anchor_idxs  # (M, C)
+    # Candidates that are not positive write to an element behind the last, which is then dropped.
+    places = torch.where(claims.is_won, places, last).view(-1)
+    gt_boxes = concatenate_boxes([x.gt_boxes for x in gt_instances], device)  # (M, 4)
+    boxes = torch.zeros((last + 1, 4), device=device)
+    boxes[places] = gt_boxes.unsqueeze(1).expand(*claims.anchor_idxs.shape, 4).reshape(-1, 4)
+    labels = torch.full((last + 1,), num_classes, device=device)
+    if num_classes == 1 or len(gt_boxes) == 0:
+        labels.index_fill_(0, places, 0)
+    else:
+        gt_classes = torch.cat([x.gt_classes for x in gt_instances])  # (M,)
+        labels[places] = gt_classes.unsqueeze(1).expand_as(claims.anchor_idxs).reshape(-1)
+    return Targets(
+        labels[:last].view(num_images, num_anchors),
+        boxes[:last].view(num_images, num_anchors, 4),
+        claims,
+    )
 
 
 def centerness_targets(anchors: Tensor, boxes: Tensor) -> Tensor:

@@ -106,12 +106,19 @@ def resolve_claims(
     best = torch.full((num_images * num_anchors,), nobody, device=device, dtype=torch.int64)
     best.scatter_reduce_(0, flat_idxs, keys.flatten(), reduce="amax")
 
-    is_positive = best != nobody
-    matched_idxs = (_LAST_OBJECT - (best & _LAST_OBJECT)).masked_fill(~is_positive, 0)
     is_won = is_claimed & (best[flat_idxs].view_as(keys) == keys)
+
+    # Few anchors are won: only those are visited. Claims that lost write to an element behind the
+    # last, which is then dropped.
+    last = num_images * num_anchors
+    places = torch.where(is_won.flatten(), flat_idxs, last)
+    matched_idxs = torch.zeros(last + 1, device=device, dtype=torch.int64)
+    matched_idxs[places] = object_idxs.unsqueeze(1).expand_as(keys).flatten()
+    match_labels = torch.zeros(last + 1, device=device, dtype=torch.int8)
+    match_labels.index_fill_(0, places, 1)
     return Assignment(
-        matched_idxs=matched_idxs.view(num_images, num_anchors),
-        match_labels=is_positive.to(torch.int8).view(num_images, num_anchors),
+        matched_idxs=matched_idxs[:last].view(num_images, num_anchors),
+        match_labels=match_labels[:last].view(num_images, num_anchors),
         claims=Claims(image_idxs, anchor_idxs, is_won),
     )
 

@@ -19,9 +19,6 @@ from .assignment import host_constant
 
 __all__ = ["Candidates", "nearest_anchors", "nearest_on_lattice"]
 
-# Key of a location that does not exist: sorts behind every distance.
-_NOWHERE = torch.iinfo(torch.int64).max
-
 
 class Candidates(NamedTuple):
     """The C candidate anchors of each of M objects, levels in order, nearest first on each.
@@ -68,17 +65,21 @@ def nearest_on_lattice(anchors: AnchorGrid, centers: Tensor, topk: int) -> Candi
     order = steps.abs().sort(dim=-1, stable=True).indices
     places, steps = places.gather(-1, order), steps.gather(-1, order)  # nearest first
 
+    # Of the two axes, the parts that a location adds up: squared distances, and flat indices
+    # (row-major within the level; int32, which halves the memory).
+    squares = steps * steps
+    pitch = host_constant([[1] * len(widths), widths], device)  # (2, L)
+    terms = (places * pitch.unsqueeze(-1)).int()
     column_ranks, row_ranks = host_constant(_window_ranks(topk), device)  # (T,) each
-    columns, rows = places[:, 0, :, column_ranks], places[:, 1, :, row_ranks]  # (M, L, T)
-    dx, dy = steps[:, 0, :, column_ranks], steps[:, 1, :, row_ranks]
-    distances = dx * dx + dy * dy
-    locations = rows * size[0].unsqueeze(-1) + columns  # row-major within the level
+    distances = squares[:, 0, :, column_ranks] + squares[:, 1, :, row_ranks]  # (M, L, T)
     # Bits of non-negative floats sort as the floats do; the location behind them breaks ties.
-    keys = (distances.view(torch.int32).to(torch.int64) << 32) | locations
-    keys = keys.masked_fill(distances.isinf(), _NOWHERE)
+    # Locations that do not exist are infinitely far, so they come last.
+    keys = distances.view(torch.int32).to(torch.int64)
+    keys <<= 32
+    keys |= terms[:, 0, :, column_ranks] + terms[:, 1, :, row_ranks]
     keys = keys.topk(min(topk, keys.shape[-1]), dim=-1, largest=False).values  # (M, L, k)
 
-    # A level of fewer than k locations fills up with _NOWHERE; how many is known on the host.
+    # A level of fewer than k locations fills up with such; how many is known on the host.
     counts = [min(topk, height * width) for height, width in anchors.grid_sizes]
     locations = torch.cat([keys[:, i, :n] for i, n in enumerate(counts)], dim=1) & 0xFFFFFFFF
     level = host_constant([i for i, n in enumerate(counts) for _ in range(n)], device)  # (C / A,)
@@ -88,7 +89,7 @@ def nearest_on_lattice(anchors: AnchorGrid, centers: Tensor, topk: int) -> Candi
     points = (points + anchors.offset) * stride[level].unsqueeze(-1)  # (M, C / A, 2)
 
     cells = torch.stack(anchors.cell_anchors)[level]  # (C / A, A, 4)
-    boxes = points.repeat(1, 1, 2).unsqueeze(2) + cells  # (M, C / A, A, 4)
+    boxes = torch.cat((points, points), dim=-1).unsqueeze(2) + cells  # (M, C / A, A, 4)
     num_cells = anchors.num_cell_anchors
     first_anchors = list(itertools.accumulate([0] + anchors.num_anchors_per_level[:-1]))
     anchor_idxs = host_constant(first_anchors, device)[level] + locations * num_cells
