@@ -2,16 +2,21 @@
 
 import dataclasses
 import functools
+import json
 
+import cv2
+import numpy as np
 import pytest
 import torch
 from ablation_differences import OUTPUT_DIR, difference, faults, flatten, showing
 from ablation_rows import CONFIGS, find_rows, load_parent, load_row, select_rows
 from atss import model_zoo
+from atss.lazy_training import evaluate_lazy
 from conftest import make_input
 from test_configs import TWINS, authors_names, golden_recipe, group_summary
 
 from detectron2.config import LazyConfig, instantiate
+from detectron2.data.datasets import register_coco_instances
 
 ROWS = find_rows()
 CHILDREN = [row for row in ROWS if row.parent]
@@ -140,6 +145,26 @@ def test_multi_scale_rows_take_the_releases_views():
         tta = shared_config(row_named(name).name).train.tta
         assert tta.enabled and tta.min_sizes is None and tta.base_size == 800
         assert tta.merge == "soft-vote" and tta.flip
+
+
+def test_test_dev_rows_leave_detections_for_the_server_where_there_is_no_ground_truth(tmp_path):
+    image = {"id": 1, "file_name": "1.png", "height": 64, "width": 64}
+    categories = [{"id": i + 1, "name": str(i)} for i in range(3)]
+    (tmp_path / "info.json").write_text(json.dumps({"images": [image], "categories": categories}))
+    cv2.imwrite(str(tmp_path / "1.png"), np.full((64, 64, 3), 127, np.uint8))
+    name = f"unlabelled_{tmp_path.name}"
+    register_coco_instances(name, {}, str(tmp_path / "info.json"), str(tmp_path))
+    cfg = load_row(row_named("sota/R_101"))
+    assert list(cfg.dataloader.test.dataset.names) == ["coco_2017_test-dev"]
+    cfg.dataloader.test.dataset.names = [name]
+    cfg.dataloader.test.num_workers = 0
+    cfg.dataloader.test.mapper.augmentations[0].short_edge_length = 64
+    cfg.train.output_dir = str(tmp_path / "run")
+    tiny(cfg)
+    cfg.model.score_thresh = 0.0
+    assert not evaluate_lazy(cfg, instantiate(cfg.model).eval())
+    found = json.loads((tmp_path / "run/inference/coco_instances_results.json").read_text())
+    assert len(found) > 0 and {entry["image_id"] for entry in found} == {1}
 
 
 def test_all_models_of_the_release_have_yaml_twins():
