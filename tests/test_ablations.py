@@ -12,7 +12,7 @@ from ablation_differences import OUTPUT_DIR, difference, faults, flatten, showin
 from ablation_rows import CONFIGS, find_rows, load_parent, load_row, select_rows
 from atss import model_zoo
 from atss.lazy_training import evaluate_lazy
-from conftest import make_input
+from conftest import REPO, make_input
 from test_configs import TWINS, authors_names, golden_recipe, group_summary
 
 from detectron2.config import LazyConfig, instantiate
@@ -264,6 +264,16 @@ def test_row_takes_a_training_step_and_detects(row):
 def test_zoo_knows_the_rows():
     assert {row.name for row in ROWS} <= set(model_zoo.list_configs())
     assert model_zoo.get_config("topk/k3").model.assigner.topk == 3
+
+
+def test_model_zoo_page_has_the_published_figures_and_says_whose_they_are():
+    lines = (REPO / "MODEL_ZOO.md").read_text().splitlines()
+    for row in ROWS:
+        if row.table not in ("Release", "Table 8"):
+            continue
+        (line,) = [line for line in lines if f"](configs/{row.name}.py)" in line]
+        assert row.ap is None or f" {row.ap}" in line, row.name
+        assert row.source != "mmdetection" or "mmdetection's" in line
 
 
 @pytest.mark.parametrize(

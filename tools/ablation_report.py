@@ -46,7 +46,8 @@ def results_table(rows: Sequence[Row], results: Results) -> str:
             ]
         )
     seeds = len(results[rows[0].name])
-    header = ["table", "row", "AP in the paper (COCO)", "AP here", f"{seeds} seeds", *_METRICS]
+    spread = f"{seeds} seeds" if seeds > 1 else "1 seed"
+    header = ["table", "row", "AP in the paper (COCO)", "AP here", spread, *_METRICS]
     return markdown(header, lines)
 
 
@@ -154,8 +155,8 @@ def write_report(rows: Sequence[Row], results: Results, file: Path, command: str
     )
     how = (
         f"{len(runs)} runs with the seeds {', '.join(str(seed) for seed in seeds)}: {cpu:.0f} s of "
-        f"CPU time each on average, {wall / 60:.0f} minutes of wall time summed over the runs. "
-        f"Machine: {_machine()}."
+        f"CPU time each on average, {wall / 60:.0f} minutes of wall time summed over the runs, "
+        f"{runs[0].get('threads', 1)} thread(s) a run. Machine: {_machine()}."
     )
     reading = "Not written yet.\n"
     if file.is_file() and READING in file.read_text():
@@ -211,6 +212,6 @@ def _machine() -> str:
         bf16 = any("avx512_bf16" in line for line in lines)
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU {name}"
     return (
-        f"{device}{' (AVX512-BF16)' if bf16 else ''}, one thread a run, "
+        f"{device}{' (AVX512-BF16)' if bf16 else ''}, "
         f"PyTorch {torch.__version__.split('+')[0]}, Detectron2 {detectron2.__version__}"
     )

@@ -190,6 +190,7 @@ def _run(name: str, seed: int, folder: Path, settings: Settings) -> None:
         "seed": seed,
         "iterations": cfg.train.max_iter,
         "batch": cfg.dataloader.train.total_batch_size,
+        "threads": settings.threads,
         "seconds": round(time.perf_counter() - start, 1),
         "cpu_seconds": round(time.process_time() - cpu_start, 1),
         # COCO's evaluation has no figure for a model that finds nothing at all.
