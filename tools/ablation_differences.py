@@ -16,7 +16,7 @@ MISSING = "(not set)"
 OUTPUT_DIR = "train.output_dir"
 
 
-def flatten(cfg: DictConfig, resolve: bool = False) -> Dict[str, Any]:
+def flatten(cfg: DictConfig, resolve: bool = False, defaults: bool = True) -> Dict[str, Any]:
     """Every entry of a config by its dotted key, arguments left at their defaults included.
 
     With the defaults, `L(Rule)()` and `L(Rule)(k=9)` are equal where 9 is the default.
@@ -24,6 +24,7 @@ def flatten(cfg: DictConfig, resolve: bool = False) -> Dict[str, Any]:
     Args:
         cfg: a LazyConfig.
         resolve: follow interpolations; else they are compared as they are written.
+        defaults: include those arguments.
 
     Returns:
         Key -> number, string, class name, tuple or None. Lists of nodes are numbered.
@@ -32,7 +33,7 @@ def flatten(cfg: DictConfig, resolve: bool = False) -> Dict[str, Any]:
 
     def visit(value: Any, key: str) -> None:
         if isinstance(value, Mapping):
-            if "_target_" in value:
+            if defaults and "_target_" in value:
                 value = {**_defaults(value["_target_"]), **value}
             for name, child in value.items():
                 visit(child, f"{key}.{name}" if key else str(name))

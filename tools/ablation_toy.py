@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Callable, Dict, List, Sequence, Tuple
 
 import torch
-from ablation_differences import OUTPUT_DIR, flatten
+from ablation_differences import flatten
 from ablation_rows import Row, find_rows, load_row, select_rows
 from atss.data import register_toy_shapes
 from atss.lazy_training import apply_overrides, load_lazy_config, train_lazy
@@ -45,6 +45,9 @@ SIZES = {
     "small": _THIN,
     "toy": [],  # that of `make demo`
 }
+
+
+_TRAIN_KEYS = ("train.max_iter", "train.amp.enabled", "train.amp.precision")
 
 
 @dataclass(frozen=True)
@@ -94,9 +97,9 @@ def toy_config(row: Row, settings: Settings) -> DictConfig:
 
 def fingerprint(cfg: DictConfig) -> str:
     """Equal for configs that train the same model in the same way, whatever rows they come from."""
-    flat = flatten(cfg, resolve=True)
-    flat.pop(OUTPUT_DIR)
-    flat.pop("train.seed")
+    flat = flatten(cfg, resolve=True, defaults=False)
+    # Of `train` only what results depend on: folders, periods and the like may change.
+    flat = {k: v for k, v in flat.items() if not k.startswith("train.") or k in _TRAIN_KEYS}
     content = json.dumps(flat, sort_keys=True, default=str)
     return hashlib.sha256(content.encode()).hexdigest()[:10]
 
@@ -175,7 +178,6 @@ def _run(name: str, seed: int, folder: Path, settings: Settings) -> None:
     register_toy_shapes()
     (row,) = select_rows(find_rows(), [name])
     cfg = toy_config(row, settings)
-    mark = fingerprint(cfg)
     shutil.rmtree(folder, ignore_errors=True)  # what an interrupted run left
     folder.mkdir(parents=True)
     cfg.train.output_dir = str(folder)
@@ -186,7 +188,7 @@ def _run(name: str, seed: int, folder: Path, settings: Settings) -> None:
         results = train_lazy(cfg)
     content = {
         "row": name,
-        "config": mark,
+        "config": folder.name.rpartition("_seed")[0],
         "seed": seed,
         "iterations": cfg.train.max_iter,
         "batch": cfg.dataloader.train.total_batch_size,
