@@ -150,7 +150,9 @@ def train_rows(rows: List[Row], args: argparse.Namespace) -> int:
     results = run_rows(rows, settings, args.seeds, output, args.workers, say)
     print(f"\n{results_table(rows, results)}\n")
     header = ["rows of a table, second minus first", "the paper", "here, by seed", "verdict"]
-    print(markdown(header, orderings(rows, results)))
+    pairs = orderings(rows, results)
+    if pairs:
+        print(markdown(header, pairs))
     plot(rows, results, output / "ablation.png")
     print(f"\nPicture: {output / 'ablation.png'}")
     if args.report:
