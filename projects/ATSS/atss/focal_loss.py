@@ -10,7 +10,6 @@ from typing import Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from .fused import Fused, is_compiling
@@ -108,8 +107,12 @@ class _FocalLoss(torch.autograd.Function):
         return total + _correction(values, positives.is_positive, alpha, gamma)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad_output):
+        if torch.is_grad_enabled():  # create_graph=True
+            raise RuntimeError(
+                "The streaming focal loss is differentiable once: its gradient, made in the "
+                "forward, has no graph. Call backward or autograd.grad with create_graph=False."
+            )
         grads = [
             (grad[:-1] * grad_output).to(ctx.dtype).view(shape)
             for grad, shape in zip(ctx.saved_tensors, ctx.shapes)

@@ -39,7 +39,8 @@ def box_areas(boxes: Tensor) -> Tensor:
     Returns:
         (...) areas in square pixels; not clamped, so an inverted box shows.
     """
-    return (boxes[..., 2] - boxes[..., 0]) * (boxes[..., 3] - boxes[..., 1])
+    widths, heights = (boxes[..., 2:] - boxes[..., :2]).unbind(dim=-1)
+    return widths * heights
 
 
 def ltrb_distances(centers: Tensor, boxes: Tensor) -> Tensor:
@@ -105,4 +106,4 @@ def elementwise_iou(boxes: Tensor, other_boxes: Tensor) -> Tensor:
     intersection = width * height
     union = box_areas(boxes) + box_areas(other_boxes) - intersection
     # As in Detectron2's pairwise_iou, 0/0 must be 0: it would poison the mean of its object.
-    return torch.where(intersection > 0, intersection / union, torch.zeros_like(union))
+    return intersection / union.clamp(min=torch.finfo(union.dtype).tiny)

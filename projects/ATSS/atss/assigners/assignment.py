@@ -100,19 +100,19 @@ def resolve_claims(
 
     keys = (sortable(priority) << 32) | (_LAST_OBJECT - object_idxs).unsqueeze(1)  # (M, C)
     nobody = torch.iinfo(torch.int64).min
-    keys = keys.masked_fill(~is_claimed, nobody)
+    keys = torch.where(is_claimed, keys, nobody)
 
     flat_idxs = (image_idxs.unsqueeze(1) * num_anchors + anchor_idxs).flatten()
-    best = torch.full((num_images * num_anchors,), nobody, device=device, dtype=torch.int64)
+    last = num_images * num_anchors
+    best = torch.full((last + 1,), nobody, device=device, dtype=torch.int64)
     best.scatter_reduce_(0, flat_idxs, keys.flatten(), reduce="amax")
 
     is_won = is_claimed & (best[flat_idxs].view_as(keys) == keys)
 
     # Few anchors are won: only those are visited. Claims that lost write to an element behind the
     # last, which is then dropped.
-    last = num_images * num_anchors
     places = torch.where(is_won.flatten(), flat_idxs, last)
-    matched_idxs = torch.zeros(last + 1, device=device, dtype=torch.int64)
+    matched_idxs = best.zero_()  # its memory is at hand
     matched_idxs[places] = object_idxs.unsqueeze(1).expand_as(keys).flatten()
     match_labels = torch.zeros(last + 1, device=device, dtype=torch.int8)
     match_labels.index_fill_(0, places, 1)

@@ -50,7 +50,10 @@ def nearest_on_lattice(anchors: AnchorGrid, centers: Tensor, topk: int) -> Candi
     """
     device = anchors.device
     heights, widths = zip(*anchors.grid_sizes)
-    size = host_constant([widths, heights], device)  # (2, L): axis x, y before levels from here on
+    first_anchors = itertools.accumulate([0] + anchors.num_anchors_per_level[:-1])
+    steps_of_index = ([1] * len(widths), widths)  # from a column, a row to the next
+    table = host_constant([widths, heights, *steps_of_index, list(first_anchors)], device)
+    size, pitch = table[:2], table[2:4]  # (2, L): axis x, y before levels from here on
     stride = host_constant(anchors.strides, device, torch.float32)  # (L,)
     reach = (topk + 2) // 2  # the k + 1 nearest columns lie within so many of the nearest one
     span = torch.arange(2 * reach + 1, device=device)
@@ -68,20 +71,23 @@ def nearest_on_lattice(anchors: AnchorGrid, centers: Tensor, topk: int) -> Candi
     # Of the two axes, the parts that a location adds up: squared distances, and flat indices
     # (row-major within the level; int32, which halves the memory).
     squares = steps * steps
-    pitch = host_constant([[1] * len(widths), widths], device)  # (2, L)
     terms = (places * pitch.unsqueeze(-1)).int()
     column_ranks, row_ranks = host_constant(_window_ranks(topk), device)  # (T,) each
-    distances = squares[:, 0, :, column_ranks] + squares[:, 1, :, row_ranks]  # (M, L, T)
+    distances = squares[:, 0, :, column_ranks]  # (M, L, T), in place: these are the large ones
+    distances += squares[:, 1, :, row_ranks]
     # Bits of non-negative floats sort as the floats do; the location behind them breaks ties.
     # Locations that do not exist are infinitely far, so they come last.
     keys = distances.view(torch.int32).to(torch.int64)
+    del distances
     keys <<= 32
-    keys |= terms[:, 0, :, column_ranks] + terms[:, 1, :, row_ranks]
+    keys += terms[:, 0, :, column_ranks]
+    keys += terms[:, 1, :, row_ranks]
     keys = keys.topk(min(topk, keys.shape[-1]), dim=-1, largest=False).values  # (M, L, k)
 
-    # A level of fewer than k locations fills up with such; how many is known on the host.
+    # A level of fewer than k locations fills up with those; how many is known on the host.
     counts = [min(topk, height * width) for height, width in anchors.grid_sizes]
-    locations = torch.cat([keys[:, i, :n] for i, n in enumerate(counts)], dim=1) & 0xFFFFFFFF
+    keys = torch.cat([keys[:, i, :n] for i, n in enumerate(counts)], dim=1)
+    locations = keys & 0xFFFFFFFF
     level = host_constant([i for i, n in enumerate(counts) for _ in range(n)], device)  # (C / A,)
     width = size[0][level]
     rows = torch.div(locations, width, rounding_mode="floor")  # (M, C / A)
@@ -91,8 +97,7 @@ def nearest_on_lattice(anchors: AnchorGrid, centers: Tensor, topk: int) -> Candi
     cells = torch.stack(anchors.cell_anchors)[level]  # (C / A, A, 4)
     boxes = torch.cat((points, points), dim=-1).unsqueeze(2) + cells  # (M, C / A, A, 4)
     num_cells = anchors.num_cell_anchors
-    first_anchors = list(itertools.accumulate([0] + anchors.num_anchors_per_level[:-1]))
-    anchor_idxs = host_constant(first_anchors, device)[level] + locations * num_cells
+    anchor_idxs = table[4][level] + locations * num_cells
     anchor_idxs = anchor_idxs.unsqueeze(-1) + torch.arange(num_cells, device=device)
     return Candidates(anchor_idxs.flatten(1), boxes.flatten(1, 2))
 
