@@ -144,6 +144,16 @@ def test_half_precision_logits_have_a_float32_value_and_gradients_of_their_own_t
         )
 
 
+def test_autocast_does_not_touch_the_loss():
+    logits, labels = make_logits(), make_labels()
+    expected = loss_of(logits, labels)
+    gradient = torch.autograd.grad(expected, logits)
+    with torch.autocast("cpu", torch.bfloat16):
+        value = loss_of(logits, labels)
+    assert torch.equal(value, expected)
+    assert all(map(torch.equal, torch.autograd.grad(value, logits), gradient))
+
+
 def test_gradient_scaling_saves_small_gradients_in_float16():
     labels = torch.full((NUM_IMAGES, sum(h * w for h, w in SIZES)), 5)
     logits = [torch.full((NUM_IMAGES, 5, *s), -7.0, dtype=torch.float16) for s in SIZES]

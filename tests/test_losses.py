@@ -10,11 +10,21 @@ from atss.head import DensePredictions, flatten_levels
 from atss.losses import DenseLoss, elementwise_giou_loss
 from atss.slots import locate
 from atss.targets import Targets, centerness_targets, label_anchors
-from conftest import golden_cases, golden_grid, grown, make_grid, make_instances, random_boxes
+from conftest import (
+    STRIDES,
+    golden_cases,
+    golden_grid,
+    grown,
+    make_grid,
+    make_input,
+    make_instances,
+    random_boxes,
+    tiny_detector,
+)
 from reference import binary_cross_entropy, centerness, focal_loss, giou
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from detectron2.structures import Boxes
+from detectron2.structures import Boxes, ImageList
 
 WEIGHTS = (10.0, 10.0, 5.0, 5.0)
 
@@ -265,6 +275,35 @@ def test_assignment_and_loss_never_wait_for_the_gpu(box_loss):
         sum(loss(predictions, grid, targets).values()).backward()
     with pytest.raises(AssertionError, match="waits"), ForbidWaiting():
         targets.labels.sum().item()  # the guard works
+
+
+def test_training_step_of_the_dense_core_never_waits_for_the_gpu():
+    # Without the backbone's side: Detectron2's ImageList makes its sizes as tensors on the host.
+    model = tiny_detector().train()
+    features = [torch.rand(2, 64, -(-64 // s), -(-96 // s)) for s in STRIDES]
+    images = ImageList(torch.zeros(2, 3, 64, 96), [(64, 96), (64, 64)])
+    gt_instances = [make_instances([[8, 8, 60, 50]], [1]), make_instances([], [])]
+    with ForbidWaiting():
+        _, losses = model.proposal_generator(
+            images, dict(zip(model.proposal_generator.in_features, features)), gt_instances
+        )
+        sum(losses.values()).backward()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_no_training_step_waits_on_a_gpu():
+    model = tiny_detector().train().cuda()
+    batch = [make_input(64, 96, [[8, 8, 60, 50]], [1]), make_input(64, 64)]
+    sum(model(batch).values()).backward()  # compiles the loss, which may wait
+    for inputs in batch:
+        inputs["image"] = inputs["image"].pin_memory()
+        for name in ("gt_boxes", "gt_classes"):
+            inputs["instances"].set(name, inputs["instances"].get(name).to("cuda"))
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        sum(model(batch).values()).backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_centerness_is_one_in_the_middle_and_zero_on_or_beyond_an_edge():
