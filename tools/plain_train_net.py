@@ -13,8 +13,19 @@ import logging
 import torch
 from atss.checkpointer import ATSSCheckpointer, load_or_resume
 from atss.command_line import run, training_parser
-from atss.lazy_training import build_model, choose_data, evaluate_lazy, load_lazy_config
-from atss.training_loop import autocast_dtype, create_ddp_model
+from atss.lazy_training import (
+    build_model,
+    choose_data,
+    evaluate_checkpoint,
+    evaluate_lazy,
+    load_lazy_config,
+)
+from atss.training_loop import (
+    autocast_dtype,
+    compile_dense_parts,
+    create_ddp_model,
+    make_grad_scaler,
+)
 from fvcore.common.checkpoint import PeriodicCheckpointer
 
 from detectron2.config import instantiate
@@ -34,16 +45,19 @@ def do_train(cfg, resume):
     max_iter = cfg.train.max_iter
     scheduler = LRMultiplier(optimizer, instantiate(cfg.lr_multiplier), max_iter)
 
-    checkpointer = ATSSCheckpointer(
-        model, cfg.train.output_dir, optimizer=optimizer, scheduler=scheduler
-    )
+    device = next(model.parameters()).device
+    dtype = autocast_dtype(cfg.train.amp.enabled, cfg.train.amp.precision, device)
+    scaler = make_grad_scaler(dtype)
+    state = {"optimizer": optimizer, "scheduler": scheduler}
+    if scaler is not None:
+        state["grad_scaler"] = scaler
+    checkpointer = ATSSCheckpointer(model, cfg.train.output_dir, **state)
     load_or_resume(checkpointer, cfg.train.init_checkpoint, resume)
     # The scheduler has counted the steps that are done.
     start_iter = scheduler.last_epoch if resume else 0
 
-    device = next(model.parameters()).device
-    dtype = autocast_dtype(cfg.train.amp.enabled, cfg.train.amp.precision, device)
-    scaler = torch.cuda.amp.GradScaler() if dtype == torch.float16 else None
+    if cfg.train.get("compile", False):
+        compile_dense_parts(model)
     ddp_model = create_ddp_model(model, **cfg.train.ddp)
     ddp_model.train()
     is_main = comm.is_main_process()
@@ -102,13 +116,14 @@ def main(args):
     cfg = load_lazy_config(args.config_file, args.opts)
     choose_data(cfg, args)
     default_setup(cfg, args)
-    if not args.eval_only:
-        return do_train(cfg, args.resume)
-    model = build_model(cfg)
-    checkpointer = ATSSCheckpointer(model, cfg.train.output_dir)
-    load_or_resume(checkpointer, cfg.train.init_checkpoint, args.resume)
-    return evaluate_lazy(cfg, create_ddp_model(model))
+    if args.eval_only:
+        return evaluate_checkpoint(cfg, args.resume)
+    return do_train(cfg, args.resume)
+
+
+def device_of(args):
+    return load_lazy_config(args.config_file, args.opts).train.device
 
 
 if __name__ == "__main__":
-    run(main, training_parser(__doc__).parse_args())
+    run(main, training_parser(__doc__).parse_args(), device_of)

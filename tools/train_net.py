@@ -7,10 +7,8 @@
         MODEL.WEIGHTS output/atss_R_50_FPN_1x/model_final.pth
 """
 
-from atss.checkpointer import ATSSCheckpointer, load_or_resume
 from atss.command_line import run, training_parser
 from atss.trainer import Trainer
-from atss.training_loop import create_ddp_model
 from atss.yaml_config import choose_data, load_yaml_config
 
 from detectron2.engine import default_setup
@@ -22,13 +20,7 @@ def main(args):
     cfg.freeze()
     default_setup(cfg, args)
     if args.eval_only:
-        model = Trainer.build_model(cfg)
-        load_or_resume(ATSSCheckpointer(model, cfg.OUTPUT_DIR), cfg.MODEL.WEIGHTS, args.resume)
-        model = create_ddp_model(model)
-        results = Trainer.test(cfg, model)
-        if cfg.TEST.AUG.ENABLED:
-            results.update(Trainer.test_with_tta(cfg, model))
-        return results
+        return Trainer.evaluate_checkpoint(cfg, args.resume)
     trainer = Trainer(cfg)
     trainer.resume_or_load(resume=args.resume)
     results = trainer.train()
@@ -37,5 +29,9 @@ def main(args):
     return results
 
 
+def device_of(args):
+    return load_yaml_config(args.config_file, args.opts).MODEL.DEVICE
+
+
 if __name__ == "__main__":
-    run(main, training_parser(__doc__).parse_args())
+    run(main, training_parser(__doc__).parse_args(), device_of)

@@ -7,8 +7,12 @@ train = dict(
     # "float16" scales gradients and needs a GPU; "bfloat16" works everywhere.
     amp=dict(enabled=False, precision="float16"),
     channels_last=False,
+    # Backbone and head through torch.compile.
+    compile=False,
     ddp=dict(broadcast_buffers=False, find_unused_parameters=False, fp16_compression=False),
     checkpointer=dict(period=5000, max_to_keep=100),
+    # `prepare_for_inference` with --eval-only; precision also "bfloat16", "float16" (GPU), "auto".
+    prepare=dict(enabled=False, channels_last=True, precision="float32", compile=False),
     # Test-time augmentation with --eval-only. min_sizes=None: the release's scales and size ranges,
     # times base_size / 800.
     tta=dict(

@@ -22,7 +22,7 @@ from .checkpoint import (
     read_checkpoint,
 )
 
-__all__ = ["ATSSCheckpointer", "load_or_resume"]
+__all__ = ["ATSSCheckpointer", "load_or_resume", "load_to_evaluate"]
 
 logger = logging.getLogger(__name__)
 
@@ -174,3 +174,21 @@ def load_or_resume(checkpointer: ATSSCheckpointer, weights: str, resume: bool) -
             f"Weights {weights!r} cannot be loaded ({error}). Check train.init_checkpoint "
             "(MODEL.WEIGHTS)."
         ) from error
+
+
+def load_to_evaluate(checkpointer: ATSSCheckpointer, weights: str, resume: bool) -> None:
+    """Load what is to be evaluated; without weights there is nothing to evaluate.
+
+    Args:
+        checkpointer, weights, resume: see `load_or_resume`.
+
+    Raises:
+        FileNotFoundError, ValueError: see `load_or_resume`; also for no weights at all.
+    """
+    if not weights and not resume:
+        raise ValueError(
+            "--eval-only has no weights, and would evaluate random ones. Name a checkpoint in "
+            "train.init_checkpoint (MODEL.WEIGHTS), or add --resume for the last one of the output "
+            "folder."
+        )
+    load_or_resume(checkpointer, weights, resume)

@@ -2,7 +2,7 @@
 
 import argparse
 import sys
-from typing import Any, Callable
+from typing import Any, Callable, Optional
 
 import torch
 
@@ -52,14 +52,22 @@ def training_parser(description: str) -> argparse.ArgumentParser:
     return parser
 
 
-def run(main: Callable[[argparse.Namespace], Any], args: argparse.Namespace) -> None:
+def run(
+    main: Callable[[argparse.Namespace], Any],
+    args: argparse.Namespace,
+    device_of: Optional[Callable[[argparse.Namespace], str]] = None,
+) -> None:
     """Run a tool's `main` in all its processes; exit with 1 and one line on a user's mistake.
 
     Args:
         main: of the tool, in its module's top level, so that workers can import it.
         args: of `training_parser`.
+        device_of: tells from `args` where the config wants the model, which several processes must
+            know before they start; "cuda" if not given.
     """
     try:
+        is_alone = args.num_gpus * args.num_machines == 1
+        device = "cuda" if is_alone or device_of is None else device_of(args)
         launch(
             _run_worker,
             args.num_gpus,
@@ -67,6 +75,7 @@ def run(main: Callable[[argparse.Namespace], Any], args: argparse.Namespace) -> 
             args.machine_rank,
             args.dist_url,
             args=(main, args),
+            device=device,
         )
     except _USER_ERRORS as error:
         sys.exit(f"{type(error).__name__}: {error}")

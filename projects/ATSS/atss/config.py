@@ -86,3 +86,11 @@ def add_atss_config(cfg: CN) -> None:
     # "float16" needs a GPU, "bfloat16" works everywhere, "auto" is bfloat16 where it is fast.
     cfg.SOLVER.AMP.PRECISION = "float16"
     cfg.SOLVER.CHANNELS_LAST = False
+    cfg.SOLVER.COMPILE = False  # backbone and head through torch.compile
+
+    # `prepare_for_inference` with --eval-only. PRECISION also "bfloat16", "float16" (GPU), "auto".
+    cfg.TEST.PREPARE = CN()
+    cfg.TEST.PREPARE.ENABLED = False
+    cfg.TEST.PREPARE.CHANNELS_LAST = True
+    cfg.TEST.PREPARE.PRECISION = "float32"
+    cfg.TEST.PREPARE.COMPILE = False

@@ -14,7 +14,7 @@ from torch import multiprocessing
 
 from detectron2.utils import comm
 
-__all__ = ["launch"]
+__all__ = ["choose_backend", "launch"]
 
 logger = logging.getLogger(__name__)
 
@@ -27,6 +27,7 @@ def launch(
     dist_url: str = "auto",
     args: Tuple = (),
     timeout: timedelta = timedelta(minutes=30),
+    device: str = "cuda",
 ) -> None:
     """Run a function in every worker of a distributed job.
 
@@ -39,6 +40,8 @@ def launch(
             serves one machine.
         args: of `main_func`.
         timeout: how long a worker waits for the others.
+        device: where the models of the workers live: "cpu" leaves GPUs alone, "cuda" takes them if
+            there are any.
 
     Raises:
         ValueError: for more workers than GPUs, or "auto" with several machines.
@@ -49,11 +52,12 @@ def launch(
     if world_size == 1:
         main_func(*args)
         return
-    num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if num_gpus and num_processes > num_gpus:
+    use_gpus = choose_backend(device) == "nccl"
+    if use_gpus and num_processes > torch.cuda.device_count():
         raise ValueError(
-            f"{num_processes} processes need as many GPUs, this machine has {num_gpus}. Lower "
-            "--num-gpus, or hide the GPUs (CUDA_VISIBLE_DEVICES=) to use CPU processes."
+            f"{num_processes} processes need as many GPUs, this machine has "
+            f"{torch.cuda.device_count()}. Lower --num-gpus, or set train.device (MODEL.DEVICE) to "
+            "'cpu' for CPU processes."
         )
     if dist_url == "auto":
         if num_machines > 1:
@@ -62,8 +66,20 @@ def launch(
     multiprocessing.spawn(
         _worker,
         nprocs=num_processes,
-        args=(main_func, world_size, num_processes, machine_rank, dist_url, args, timeout),
+        args=(main_func, world_size, num_processes, machine_rank, dist_url, args, timeout, device),
     )
+
+
+def choose_backend(device: str) -> str:
+    """How workers talk whose models live on a device: NCCL can only do so between GPUs.
+
+    Args:
+        device: such as "cpu" or "cuda".
+
+    Returns:
+        "nccl", or "gloo" for the CPU and where there is no GPU.
+    """
+    return "nccl" if device.startswith("cuda") and torch.cuda.is_available() else "gloo"
 
 
 def _free_port() -> int:
@@ -81,10 +97,11 @@ def _worker(
     dist_url: str,
     args: Tuple,
     timeout: timedelta,
+    device: str,
 ) -> None:
-    has_gpu = torch.cuda.is_available()
+    backend = choose_backend(device)
     dist.init_process_group(
-        backend="nccl" if has_gpu else "gloo",
+        backend=backend,
         init_method=dist_url,
         world_size=world_size,
         rank=machine_rank * num_processes + local_rank,
@@ -92,7 +109,7 @@ def _worker(
     )
     try:
         _create_local_group(num_processes, machine_rank, world_size)
-        if has_gpu:
+        if backend == "nccl":
             torch.cuda.set_device(local_rank)
         comm.synchronize()
         main_func(*args)

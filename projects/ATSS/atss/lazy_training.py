@@ -14,15 +14,22 @@ from detectron2.engine import default_writers, hooks
 from detectron2.evaluation import inference_on_dataset, print_csv_format
 from detectron2.utils import comm
 
-from .checkpointer import ATSSCheckpointer, load_or_resume
+from .checkpointer import ATSSCheckpointer, load_or_resume, load_to_evaluate
 from .data import register_from_arguments
-from .training_loop import StepTrainer, autocast_dtype, create_ddp_model
+from .inference_mode import prepare_as_configured
+from .training_loop import (
+    StepTrainer,
+    autocast_dtype,
+    compile_dense_parts,
+    create_ddp_model,
+)
 from .tta import ATSSWithTTA, make_views, release_views
 
 __all__ = [
     "apply_overrides",
     "build_model",
     "choose_data",
+    "evaluate_checkpoint",
     "evaluate_lazy",
     "evaluate_lazy_with_tta",
     "load_lazy_config",
@@ -159,6 +166,33 @@ def evaluate_lazy_with_tta(cfg: DictConfig, model: nn.Module) -> Optional[Dict[s
     return evaluate_lazy(cfg, ATSSWithTTA(model, views, **tta).eval())
 
 
+def evaluate_checkpoint(cfg: DictConfig, resume: bool = False) -> Optional[Dict[str, Any]]:
+    """Evaluate `train.init_checkpoint`, or the last checkpoint: what --eval-only does.
+
+    The model is prepared as `train.prepare` says, and evaluated with test-time augmentation if
+    `train.tta` says so.
+
+    Args:
+        cfg: the config.
+        resume: take the last checkpoint of `train.output_dir`.
+
+    Returns:
+        As `evaluate_lazy`.
+
+    Raises:
+        FileNotFoundError, ValueError: see `load_to_evaluate`, `prepare_as_configured`.
+    """
+    model = build_model(cfg)
+    checkpointer = ATSSCheckpointer(model, cfg.train.output_dir)
+    load_to_evaluate(checkpointer, cfg.train.init_checkpoint, resume)
+    # Configs saved by older versions have neither of the two keys.
+    if "prepare" in cfg.train:
+        model = prepare_as_configured(model, cfg.train.prepare)
+    if "tta" in cfg.train and cfg.train.tta.enabled:
+        return evaluate_lazy_with_tta(cfg, model)
+    return evaluate_lazy(cfg, model)
+
+
 def train_lazy(
     cfg: DictConfig, resume: bool = False, extra_hooks: Sequence[hooks.HookBase] = ()
 ) -> Optional[Dict[str, Any]]:
@@ -190,6 +224,8 @@ def train_lazy(
         )
     loader = instantiate(cfg.dataloader.train)
 
+    if cfg.train.get("compile", False):
+        compile_dense_parts(model)
     ddp_model = create_ddp_model(model, **cfg.train.ddp)
     device = next(model.parameters()).device
     dtype = autocast_dtype(cfg.train.amp.enabled, cfg.train.amp.get("precision", "float16"), device)

@@ -14,10 +14,16 @@ from detectron2.evaluation import COCOEvaluator
 from detectron2.solver.build import maybe_add_gradient_clipping
 from detectron2.utils import comm
 
-from .checkpointer import ATSSCheckpointer, load_or_resume
+from .checkpointer import ATSSCheckpointer, load_or_resume, load_to_evaluate
 from .data import load_dataset_dicts
+from .inference_mode import prepare_as_configured
 from .optimizer import get_optimizer_params
-from .training_loop import StepTrainer, autocast_dtype, create_ddp_model
+from .training_loop import (
+    StepTrainer,
+    autocast_dtype,
+    compile_dense_parts,
+    create_ddp_model,
+)
 from .tta import ATSSWithTTA
 
 __all__ = ["Trainer"]
@@ -47,6 +53,8 @@ class Trainer(DefaultTrainer):
         optimizer = self.build_optimizer(cfg, model)
         data_loader = self.build_train_loader(cfg)
 
+        if cfg.SOLVER.COMPILE:
+            compile_dense_parts(model)
         model = create_ddp_model(model, broadcast_buffers=False)
         device = next(model.parameters()).device
         dtype = autocast_dtype(cfg.SOLVER.AMP.ENABLED, cfg.SOLVER.AMP.PRECISION, device)
@@ -108,6 +116,33 @@ class Trainer(DefaultTrainer):
         tasks: List[str] = ["bbox"] + (["segm"] if cfg.MODEL.MASK_ON else [])
         folder = os.path.join(cfg.OUTPUT_DIR, "inference")
         return COCOEvaluator(dataset_name, tasks, output_dir=folder)
+
+    @classmethod
+    def evaluate_checkpoint(cls, cfg: CfgNode, resume: bool = False) -> Dict[str, Any]:
+        """Evaluate MODEL.WEIGHTS, or the last checkpoint: what --eval-only does.
+
+        The model is prepared as TEST.PREPARE says; with TEST.AUG.ENABLED its test-time augmentation
+        is evaluated, too.
+
+        Args:
+            cfg: the config.
+            resume: take the last checkpoint of OUTPUT_DIR.
+
+        Returns:
+            Results of `test`, and those of `test_with_tta`.
+
+        Raises:
+            FileNotFoundError, ValueError: see `load_to_evaluate`, `prepare_as_configured`.
+        """
+        model = cls.build_model(cfg)
+        load_to_evaluate(ATSSCheckpointer(model, cfg.OUTPUT_DIR), cfg.MODEL.WEIGHTS, resume)
+        model = prepare_as_configured(
+            model, {key.lower(): value for key, value in cfg.TEST.PREPARE.items()}
+        )
+        results = cls.test(cfg, model)
+        if cfg.TEST.AUG.ENABLED:
+            results.update(cls.test_with_tta(cfg, model))
+        return results
 
     @classmethod
     def test_with_tta(cls, cfg: CfgNode, model: nn.Module) -> Dict[str, Any]:

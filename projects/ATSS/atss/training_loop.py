@@ -10,7 +10,14 @@ from torch.nn.parallel import DistributedDataParallel
 from detectron2.engine import SimpleTrainer
 from detectron2.utils import comm
 
-__all__ = ["StepTrainer", "autocast_dtype", "create_ddp_model", "has_fast_bfloat16"]
+__all__ = [
+    "StepTrainer",
+    "autocast_dtype",
+    "compile_dense_parts",
+    "create_ddp_model",
+    "has_fast_bfloat16",
+    "make_grad_scaler",
+]
 
 _DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -62,10 +69,43 @@ def has_fast_bfloat16(device: torch.device) -> bool:
         return False
 
 
+def make_grad_scaler(dtype: Optional[torch.dtype]) -> Optional[Any]:
+    """Scaler of gradients for an autocast type.
+
+    Only float16 needs one, whose range gradients leave; bfloat16 has that of float32.
+
+    Args:
+        dtype: as `autocast_dtype` gives it.
+
+    Returns:
+        A new `GradScaler`, or None.
+    """
+    if dtype != torch.float16:
+        return None
+    if hasattr(torch.amp, "GradScaler"):
+        return torch.amp.GradScaler("cuda")
+    return torch.cuda.amp.GradScaler()  # torch < 2.3
+
+
+def compile_dense_parts(model: nn.Module) -> nn.Module:
+    """Let backbone and dense head run through `torch.compile`; the rest stays as it is.
+
+    Names of parameters stay, so checkpoints fit. The first steps take minutes; another image size
+    compiles once more, for any size. On a CPU this needs a C++ compiler.
+
+    Args:
+        model: `ATSSDetector` or a two-stage model; changed in place.
+
+    Returns:
+        The model.
+    """
+    model.backbone.compile()
+    model.proposal_generator.head.compile()
+    return model
+
+
 class StepTrainer(SimpleTrainer):
     """Detectron2's `SimpleTrainer` with mixed precision that does not need CUDA.
-
-    Gradients are scaled only for float16, whose range they leave; bfloat16 has that of float32.
 
     Args:
         model: training model, perhaps wrapped for data parallelism.
@@ -84,10 +124,7 @@ class StepTrainer(SimpleTrainer):
         super().__init__(model, data_loader, optimizer)
         self.dtype = dtype
         self.device_type = next(model.parameters()).device.type
-        scaler = getattr(
-            torch.amp, "GradScaler", torch.cuda.amp.GradScaler
-        )  # torch < 2.3 has the latter
-        self.grad_scaler = scaler() if dtype == torch.float16 else None
+        self.grad_scaler = make_grad_scaler(dtype)
 
     def run_step(self) -> None:
         """One batch: forward, backward, update."""
