@@ -2,7 +2,7 @@ import io
 
 import pytest
 import torch
-from atss import layers
+from atss import deform_kernels
 from atss.head import ATSSHead
 from atss.layers import (
     DeformConv2d,
@@ -268,4 +268,4 @@ def test_kernel_switch_refuses_unknown_names_and_a_missing_compiled_part():
             torch.testing.assert_close(layer(*inputs), expected)  # no effect on the CPU
         finally:
             set_deform_kernel("torchvision")
-    assert layers._kernel == "torchvision"
+    assert deform_kernels.selected() == "torchvision"

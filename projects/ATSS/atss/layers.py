@@ -4,13 +4,16 @@ Detectron2's deformable layers need its compiled part, train on a GPU only and c
 The ones here hold the same parameters and take the same arguments, on torchvision's operator.
 """
 
-from typing import Callable, List, Optional, Tuple, Union
+from typing import Callable, Optional, Tuple, Union
 
 import torch
 from torch import Tensor, nn
 from torchvision.ops import deform_conv2d
 
 from detectron2.layers import deform_conv as d2_deform
+
+from . import deform_kernels
+from .deform_kernels import set_deform_kernel
 
 __all__ = [
     "DeformConv2d",
@@ -20,9 +23,6 @@ __all__ = [
     "split_offsets",
     "swap_deform_convs",
 ]
-
-_KERNELS = ("torchvision", "detectron2")
-_kernel = "torchvision"
 
 
 class LevelScale(nn.Module):
@@ -39,33 +39,6 @@ class LevelScale(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Multiply (N, C, H, W) by the factor."""
         return x * self.scale
-
-
-def set_deform_kernel(name: str) -> None:
-    """Choose which kernel every `DeformConv2d` runs on CUDA; elsewhere it is always torchvision's.
-
-    Which of the two is faster has not been measured; torchvision's, the default, is the one that
-    exports.
-
-    Args:
-        name: "torchvision", or "detectron2" where Detectron2 was compiled with CUDA.
-
-    Raises:
-        ValueError: for another name.
-        ImportError: for "detectron2" where it was not compiled.
-    """
-    global _kernel
-    if name not in _KERNELS:
-        raise ValueError(f"Unknown kernel {name!r} for set_deform_kernel; known are {_KERNELS}.")
-    if name == "detectron2":
-        try:
-            from detectron2 import _C  # noqa: F401
-        except ImportError as error:
-            raise ImportError(
-                "set_deform_kernel('detectron2') needs Detectron2's compiled part, detectron2._C, "
-                "which this installation lacks. Build Detectron2 from source or keep 'torchvision'."
-            ) from error
-    _kernel = name
 
 
 class DeformConv2d(nn.Module):
@@ -166,9 +139,13 @@ class DeformConv2d(nn.Module):
         if bias is not None:
             bias = bias.to(dtype)
         if not torch.jit.is_scripting():
-            is_detectron2 = _kernel == "detectron2" and x.is_cuda and not torch.jit.is_tracing()
-            if is_detectron2:
-                return _detectron2_deform_conv(self, inputs, offset, mask, weight, bias).to(x.dtype)
+            is_tracing = torch.jit.is_tracing()
+            if deform_kernels.selected() == "detectron2" and x.is_cuda and not is_tracing:
+                out = deform_kernels.detectron2_deform_conv(
+                    inputs, offset, mask, weight, bias,
+                    self.stride, self.padding, self.dilation, self.groups, self.deformable_groups,
+                )  # fmt: skip
+                return out.to(x.dtype)
         out = deform_conv2d(
             inputs, offset, weight, bias, self.stride, self.padding, self.dilation, mask
         )
@@ -335,28 +312,3 @@ def _check_inputs(layer: DeformConv2d, x: Tensor, offset: Tensor, mask: Optional
                 f"{layer.deformable_groups} and x of {tuple(x.shape)} needs {name} of shape "
                 f"{expected}, got {tuple(tensor.shape)}."
             )
-
-
-def _detectron2_deform_conv(
-    layer: DeformConv2d,
-    x: Tensor,
-    offset: Tensor,
-    mask: Optional[Tensor],
-    weight: Tensor,
-    bias: Optional[Tensor],
-) -> Tensor:
-    """Detectron2's CUDA kernels, for contiguous tensors of one type."""
-    window: List = [layer.stride, layer.padding, layer.dilation, layer.groups]
-    if mask is None:
-        out = d2_deform.deform_conv(x, offset, weight, *window, layer.deformable_groups)
-        return out if bias is None else out + bias.view(1, -1, 1, 1)
-    for i, (first, second) in enumerate(window[:3]):
-        if first != second:
-            raise ValueError(
-                "Detectron2's modulated kernel takes the same stride, padding and dilation for "
-                f"both axes, got {window[:3]}. Call set_deform_kernel('torchvision')."
-            )
-        window[i] = first
-    return d2_deform.modulated_deform_conv(
-        x, offset, mask, weight, bias, *window, layer.deformable_groups
-    )
