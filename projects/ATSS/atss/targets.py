@@ -84,7 +84,7 @@ def _sparse_targets(
     # Candidates that are not positive write to an element behind the last, which is then dropped.
     places = torch.where(claims.is_won, places, last).view(-1)
     gt_boxes = concatenate_boxes([x.gt_boxes for x in gt_instances], device)  # (M, 4)
-    boxes = torch.zeros((last + 1, 4), device=device)
+    boxes = torch.empty((last + 1, 4), device=device)
     boxes[places] = gt_boxes.unsqueeze(1).expand(*claims.anchor_idxs.shape, 4).reshape(-1, 4)
     labels = torch.full((last + 1,), num_classes, device=device)
     if num_classes == 1 or len(gt_boxes) == 0:
