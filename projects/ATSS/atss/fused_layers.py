@@ -158,10 +158,10 @@ def fuse_convolutions(model: nn.Module) -> int:
 def _can_fuse(x: Tensor, weight: Tensor) -> bool:
     if torch.jit.is_tracing() or torch.jit.is_scripting() or _is_compiling():
         return False
-    wants_gradient = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
-    return (
-        x.device.type == "cpu" and x.dtype == weight.dtype and x.numel() > 0 and not wants_gradient
-    )
+    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
+        return False
+    is_known = x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16)
+    return is_known and x.dtype == weight.dtype and x.numel() > 0
 
 
 def _is_compiling() -> bool:

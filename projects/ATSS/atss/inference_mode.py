@@ -1,7 +1,7 @@
 """How does a trained model detect faster? What only training needs is taken out."""
 
 import copy
-import types
+import functools
 from typing import Any, Mapping, NamedTuple, Optional
 
 import torch
@@ -75,7 +75,7 @@ def prepare_for_inference(
     elif device.type == "cpu":
         fuse_convolutions(model)
     model.is_prepared_for_inference = True
-    model.train = types.MethodType(_refuse_training, model)
+    model.train = functools.partial(_refuse_training, model)
     return model
 
 
