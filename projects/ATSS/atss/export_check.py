@@ -168,7 +168,8 @@ def spread_scores(model: nn.Module, size: Size = (256, 320), std: float = 2.0) -
 
     Scales the predictors in place, so that on a synthetic image class logits of the dense core
     have mean -4 and the given deviation, centerness logits deviation 1 and deltas a deviation of
-    half their unit; class logits of a second stage get the same deviation.
+    half their unit; class logits of a second stage get the same deviation. Offsets of deformable
+    convolutions, all zero at first, get a deviation of a pixel.
 
     Args:
         model: an `ATSSDetector` or a two-stage model on one, changed in place.
@@ -179,8 +180,14 @@ def spread_scores(model: nn.Module, size: Size = (256, 320), std: float = 2.0) -
     model.eval()
     core = model.proposal_generator
     inputs = [{"image": synthetic_image(size, seed=100)}]
+    offset_convs = [
+        m for name, m in model.named_modules() if name.endswith(("conv2_offset", "conv_offset"))
+    ]
+    hooks = [conv.register_forward_hook(_spread_offsets) for conv in offset_convs]
     features = model.backbone(model.preprocess_image(inputs).tensor)
     predictions = core.head([features[name] for name in core.in_features])
+    for hook in hooks:
+        hook.remove()
     _rescale(core.head.cls_logits, predictions.logits, std, -4.0)
     _rescale(core.head.bbox_pred, predictions.deltas, 0.5, None)
     if predictions.centerness is not None:
@@ -193,6 +200,14 @@ def spread_scores(model: nn.Module, size: Size = (256, 320), std: float = 2.0) -
         hook.remove()
         predictor.cls_score.weight.mul_(std / outputs[0].std().clamp(min=1e-6))
     model.train(was_training)
+
+
+def _spread_offsets(conv: nn.Conv2d, inputs: Tuple[Tensor], outputs: Tensor) -> Tensor:
+    """Forward hook: random weights whose output on this input has a deviation of 1."""
+    nn.init.normal_(conv.weight)
+    outputs = F.conv2d(inputs[0], conv.weight, None, conv.stride, conv.padding, conv.dilation)
+    conv.weight.div_(outputs.std())
+    return outputs / outputs.std()
 
 
 def _rescale(

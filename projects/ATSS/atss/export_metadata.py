@@ -94,6 +94,7 @@ def describe(
         "outputs": _outputs(model, batch_size, raw_heads, num_classes),
         "strides": [int(stride) for stride in core.anchor_generator.strides],
         "anchors_per_location": int(core.anchor_generator.num_anchors[0]),
+        "anchors_per_level": None if fixed_size is None else _anchors_per_level(model, fixed_size),
         "num_classes": num_classes,
         "class_names": None if class_names is None else list(class_names),
         "score": _two_stage_score(model) if is_two_stage else _score(core),
@@ -184,6 +185,16 @@ def _outputs(model: nn.Module, batch_size: int, raw_heads: bool, num_classes: in
     return [
         dict(zip(("name", "shape", "dtype", "meaning"), (name, *meaning[name])))
         for name in output_names(model, batch_size, raw_heads)
+    ]
+
+
+def _anchors_per_level(model: nn.Module, size: Size) -> List[int]:
+    divisor = max(model.backbone.size_divisibility, 1)
+    height, width = (-(-side // divisor) * divisor for side in size)
+    generator = model.proposal_generator.anchor_generator
+    return [
+        -(-height // int(stride)) * -(-width // int(stride)) * num_anchors
+        for stride, num_anchors in zip(generator.strides, generator.num_anchors)
     ]
 
 
