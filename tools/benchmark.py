@@ -21,6 +21,7 @@ from typing import Any, Dict, List, Tuple
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 
 import torch
+from benchmark_models import MODELS, share_outside_convolution
 from benchmark_parts import PARTS, Scope
 from benchmark_peers import has_fcos
 from benchmark_report import environment, plot, row, tables, update_page, write_json
@@ -28,7 +29,7 @@ from benchmark_timing import race
 
 from detectron2.utils.events import EventStorage
 
-_KNOWN = (*PARTS,)
+_CASES = {**PARTS, **MODELS}
 
 
 def image_size(text: str) -> Tuple[int, int]:
@@ -48,7 +49,7 @@ def make_parser() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "parts", nargs="*", metavar="PART", help=f"of {', '.join(_KNOWN)}; all by default"
+        "parts", nargs="*", metavar="PART", help=f"of {', '.join(_CASES)}; all by default"
     )
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--threads", type=int, help="of torch on the CPU")
@@ -56,6 +57,11 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--image-size", type=image_size, default=(800, 1344), metavar="HxW")
     parser.add_argument("--objects", type=int, nargs="+", default=[1, 7, 20, 50, 100, 300, 1000])
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[2, 8])
+    parser.add_argument("--model", default="coco/atss_R_50_FPN_1x", help="for train, inference")
+    parser.add_argument(
+        "--model-batch-sizes", type=int, nargs="+", default=[1], help="for train, inference"
+    )
+    parser.add_argument("--compile", action="store_true", help="also whole models compiled")
     parser.add_argument("--num-classes", type=int, default=80)
     parser.add_argument("--no-growth", action="store_true", help="skip other sizes and classes")
     parser.add_argument("--no-memory", action="store_true", help="do not measure memory")
@@ -73,12 +79,19 @@ def measure(args: argparse.Namespace, device: torch.device) -> List[Dict[str, An
         tuple(args.objects),
         tuple(args.batch_sizes),
         args.num_classes,
+        model=args.model,
+        model_batch_sizes=tuple(args.model_batch_sizes),
+        compile=args.compile,
         **growth,
     )
     rows = []
-    for part in args.parts or PARTS:
-        for case in PARTS[part](scope):
-            timings = race(case.contestants, device, args.repeats, memory=not args.no_memory)
+    for part in args.parts or _CASES:
+        for case in _CASES[part](scope):
+            warmup = 1 if part in MODELS else 2
+            timings = race(case.contestants, device, args.repeats, warmup, not args.no_memory)
+            for contestant in case.contestants if part in MODELS else ():
+                share = share_outside_convolution(contestant, device)
+                timings[contestant.name].outside_convolution = share
             rows.append(row(case, timings))
             settings = ", ".join(f"{key} {value}" for key, value in case.settings.items())
             times = ", ".join(
@@ -89,9 +102,9 @@ def measure(args: argparse.Namespace, device: torch.device) -> List[Dict[str, An
 
 
 def main(args: argparse.Namespace) -> None:
-    unknown = [part for part in args.parts if part not in PARTS]
+    unknown = [part for part in args.parts if part not in _CASES]
     if unknown:
-        raise ValueError(f"Unknown part {unknown[0]!r}; known are {list(_KNOWN)}.")
+        raise ValueError(f"Unknown part {unknown[0]!r}; known are {list(_CASES)}.")
     if args.device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"--device {args.device} needs a GPU, and there is none; use cpu.")
     if args.threads:

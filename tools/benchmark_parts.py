@@ -58,6 +58,9 @@ class Scope:
         num_classes: K.
         class_sweep: numbers of classes, for the growth of the loss.
         size_factors: of the image's sides, for growth with the image.
+        model: name of the config of whole models.
+        model_batch_sizes: of whole models.
+        compile: also measure whole models through `torch.compile`.
     """
 
     device: torch.device
@@ -67,6 +70,9 @@ class Scope:
     num_classes: int = 80
     class_sweep: Sequence[int] = (1, 20, 365)
     size_factors: Sequence[float] = (0.5, 1.5)
+    model: str = "coco/atss_R_50_FPN_1x"
+    model_batch_sizes: Sequence[int] = (1,)
+    compile: bool = False
 
     def scaled_size(self, factor: float) -> Tuple[int, int]:
         """The image size times a factor, in whole strides of the coarsest level but two."""

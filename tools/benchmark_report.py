@@ -56,6 +56,7 @@ def row(case: Any, timings: Dict[str, Any]) -> Dict[str, Any]:
                 "median_ms": timing.median * 1e3,
                 "peak_bytes": timing.peak_bytes,
                 "rounds": timing.rounds,
+                "outside_convolution": timing.outside_convolution,
             }
             for name, timing in timings.items()
         },
@@ -71,7 +72,36 @@ def tables(rows: Sequence[Dict[str, Any]]) -> Dict[str, str]:
     parts: Dict[str, List[Dict[str, Any]]] = {}
     for entry in rows:
         parts.setdefault(entry["part"], []).append(entry)
-    return {part: _table(entries) for part, entries in parts.items()}
+    return {
+        part: (_model_table if part in ("train", "inference") else _table)(entries)
+        for part, entries in parts.items()
+    }
+
+
+def _model_table(entries: Sequence[Dict[str, Any]]) -> str:
+    """Whole models: a line for each contestant, speed beside that of FCOS (else RetinaNet)."""
+    lines = []
+    for entry in entries:
+        timings, settings = entry["contestants"], entry["settings"]
+        peer = "FCOS" if "FCOS" in timings else "RetinaNet"
+        if lines:
+            lines.append("")
+        lines.append(", ".join(f"{key} {value}" for key, value in settings.items()) + ":")
+        header = ["detector", "ms", "images/s", f"speed / {peer}", "peak memory"]
+        header.append("outside convolution")
+        lines += ["", "| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+        for name, timing in timings.items():
+            share = timing["outside_convolution"]
+            cells = [
+                name,
+                f"{_ms(timing['min_ms'])} ({_ms(timing['median_ms'])})",
+                f"{1000 * settings['images'] / timing['min_ms']:.2f}",
+                f"{timings[peer]['min_ms'] / timing['min_ms']:.2f}",
+                "n/a" if timing["peak_bytes"] is None else _memory(timing["peak_bytes"], 0),
+                "n/a" if share is None else f"{share:.0%}",
+            ]
+            lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
 
 
 def _table(entries: Sequence[Dict[str, Any]]) -> str:

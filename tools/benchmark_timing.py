@@ -36,12 +36,20 @@ class Contestant:
 
 @dataclass
 class Timing:
-    """What was measured: seconds a call, and bytes at the peak beyond those before the call."""
+    """What was measured.
+
+    Attributes:
+        minimum, median: seconds a call.
+        peak_bytes: at the peak of a call beyond those before it.
+        rounds: measurements.
+        outside_convolution: share of the time, in [0, 1]; of whole models.
+    """
 
     minimum: float
     median: float
     peak_bytes: Optional[int]
     rounds: int
+    outside_convolution: Optional[float] = None
 
 
 def race(
