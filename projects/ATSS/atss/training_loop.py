@@ -139,13 +139,14 @@ class StepTrainer(SimpleTrainer):
         self.optimizer.zero_grad()
         if self.grad_scaler is None:
             total.backward()
-            self._write_metrics(losses, data_time)
             self.optimizer.step()
         else:
             self.grad_scaler.scale(total).backward()
-            self._write_metrics(losses, data_time)
             self.grad_scaler.step(self.optimizer)
             self.grad_scaler.update()
+        # Last, because it reads the losses: on a GPU that waits for all that is queued. Losses that
+        # are not finite stop the training here, before this step's weights can be saved.
+        self._write_metrics(losses, data_time)
 
     def state_dict(self) -> Dict[str, Any]:
         state = super().state_dict()
