@@ -24,7 +24,7 @@ import torch
 from benchmark_models import MODELS, share_outside_convolution
 from benchmark_parts import PARTS, Scope
 from benchmark_peers import has_fcos
-from benchmark_report import environment, plot, row, tables, update_page, write_json
+from benchmark_report import blocks, environment, plot, row, tables, update_page, write_json
 from benchmark_timing import race
 
 from detectron2.utils.events import EventStorage
@@ -66,7 +66,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--no-growth", action="store_true", help="skip other sizes and classes")
     parser.add_argument("--no-memory", action="store_true", help="do not measure memory")
     parser.add_argument("--output", default="output/benchmark", metavar="FOLDER")
-    parser.add_argument("--markdown", metavar="FILE", help="put the tables into a page, too")
+    parser.add_argument(
+        "--markdown", metavar="FILE", help="put the tables into the blocks of this page"
+    )
     return parser
 
 
@@ -133,7 +135,23 @@ def main(args: argparse.Namespace) -> None:
         print(f"\n{part}\n\n{table}")
     print(f"\nWrote {output / 'benchmark.json'} and {output / 'benchmark.png'}.")
     if args.markdown:
-        update_page(Path(args.markdown), printed)
+        update_page(Path(args.markdown), blocks(rows, facts, _command(args)))
+        if not args.no_growth and {"assign", "loss"} <= set(printed):
+            plot(Path(args.markdown).with_suffix(".png"), rows)
+
+
+def _command(args: argparse.Namespace) -> str:
+    """The command that measures this again, without where it writes to."""
+    words, default = list(args.parts), make_parser().parse_args([])
+    for name, value in vars(args).items():
+        if name in ("parts", "output", "markdown") or value == getattr(default, name):
+            continue
+        words.append("--" + name.replace("_", "-"))
+        if name == "image_size":
+            words.append(f"{value[0]}x{value[1]}")
+        elif value is not True:
+            words += map(str, value if isinstance(value, list) else [value])
+    return " ".join(["python tools/benchmark.py", *words])
 
 
 if __name__ == "__main__":

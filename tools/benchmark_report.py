@@ -9,10 +9,11 @@ from typing import Any, Dict, List, Sequence
 
 import torch
 import torchvision
+from benchmark_peers import has_fcos
 
 import detectron2
 
-__all__ = ["environment", "plot", "row", "tables", "update_page", "write_json"]
+__all__ = ["blocks", "environment", "plot", "row", "tables", "update_page", "write_json"]
 
 _MIB = 2**20
 
@@ -20,12 +21,14 @@ _MIB = 2**20
 def environment(device: torch.device) -> Dict[str, Any]:
     """Machine class and versions; no names of hosts or paths."""
     return {
+        "device": device.type,
         "machine": _processor() if device.type == "cpu" else torch.cuda.get_device_name(device),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "torchvision": torchvision.__version__,
-        "detectron2": detectron2.__version__,
+        # main still calls itself 0.6
+        "detectron2": detectron2.__version__ + (", main" if has_fcos() else ""),
     }
 
 
@@ -215,6 +218,24 @@ def _main_size(rows, part: str) -> Any:
 def _least(rows, part: str) -> Any:
     images = [entry["settings"]["images"] for entry in rows if entry["part"] == part]
     return min(images) if images else None
+
+
+def blocks(rows: Sequence[Dict[str, Any]], facts: Dict[str, Any], command: str) -> Dict[str, str]:
+    """What `update_page` fills in: a table for each part, with how it was measured.
+
+    Blocks are named after the part on the CPU ("assign"), after part and device else
+    ("assign cuda").
+
+    Args:
+        rows: of `row`.
+        facts: of `environment`.
+        command: that measured them.
+    """
+    device = "" if facts["device"] == "cpu" else f" {facts['device']}"
+    threads = f", {facts['threads']} thread{'s' * (facts['threads'] > 1)}" * (not device)
+    versions = ", ".join(f"{name} {facts[name]}" for name in ("torch", "torchvision", "detectron2"))
+    origin = f"`{command}`: {facts['machine']}{threads}; {versions}."
+    return {f"{part}{device}": f"\n{origin}\n\n{table}\n" for part, table in tables(rows).items()}
 
 
 def update_page(path: Path, blocks: Dict[str, str]) -> None:

@@ -1,0 +1,193 @@
+"""The benchmark runs, writes what it says, and compares things that can be compared."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import REPO
+from torch import nn
+
+from detectron2.utils.events import EventStorage
+
+benchmark = pytest.importorskip("benchmark")
+timing = pytest.importorskip("benchmark_timing")
+parts = pytest.importorskip("benchmark_parts")
+models = pytest.importorskip("benchmark_models")
+peers = pytest.importorskip("benchmark_peers")
+report = pytest.importorskip("benchmark_report")
+
+CPU = torch.device("cpu")
+NAMES = ["ATSS", "RetinaNet"] + (["FCOS"] if peers.has_fcos() else [])
+
+
+def run_benchmark(tmp_path, *arguments):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    process = subprocess.run(
+        [sys.executable, str(REPO / "tools/benchmark.py"), *map(str, arguments)],
+        cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    output = process.stdout + process.stderr
+    assert process.returncode == 0, output[-3000:]
+    return output
+
+
+def tiny_scope(**changes):
+    options = dict(
+        image_size=(96, 128), objects=(1, 3), batch_sizes=(2,), num_classes=5, class_sweep=(),
+        size_factors=(), model="toy/atss_toy",
+    )  # fmt: skip
+    return parts.Scope(CPU, **{**options, **changes})
+
+
+@pytest.fixture(autouse=True)
+def event_storage():
+    with EventStorage(0):
+        yield
+
+
+def test_tool_writes_tables_json_plot_and_page(tmp_path):
+    page = tmp_path / "page.md"
+    names = ["assign", "loss", "post", "deform_conv", "train", "inference"]
+    page.write_text(
+        "Before.\n" + "".join(f"<!-- benchmark {n} -->\nold\n<!-- end -->\n" for n in names[:-1])
+        + "<!-- benchmark inference -->\n<!-- end -->\nAfter.\n"
+    )  # fmt: skip
+    text = run_benchmark(
+        tmp_path, *names, "--image-size", "64x96", "--objects", 1, 20, "--batch-sizes", 1,
+        "--num-classes", 3, "--repeats", 1, "--model", "toy/atss_toy", "--threads", 1,
+        "--output", "out", "--markdown", page,
+    )  # fmt: skip
+    assert ("FCOS is skipped" in text) == (not peers.has_fcos())
+
+    result = json.loads((tmp_path / "out/benchmark.json").read_text())
+    assert {row["part"] for row in result["rows"]} == set(names)
+    assert result["environment"]["torch"] == torch.__version__
+    assert result["arguments"]["image_size"] == [64, 96]
+    for row in result["rows"]:
+        for measured in row["contestants"].values():
+            assert 0 < measured["min_ms"] <= measured["median_ms"]
+            assert measured["peak_bytes"] > 0
+    for row in result["rows"][-2:]:
+        shares = [m["outside_convolution"] for m in row["contestants"].values()]
+        assert all(0 < share < 1 for share in shares)
+        assert any("prepared" in name for name in row["contestants"]) == (
+            row["part"] == "inference"
+        )
+    # Growth with objects, image size and classes has several points each.
+    sizes = {row["settings"]["size"] for row in result["rows"] if row["part"] == "assign"}
+    assert len(sizes) == 3
+    assert (tmp_path / "out/benchmark.png").read_bytes().startswith(b"\x89PNG")
+    assert page.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+
+    written = page.read_text()
+    assert written.startswith("Before.\n") and written.endswith("After.\n")
+    assert "old" not in written and written.count("| ATSS") >= 2
+    assert "`python tools/benchmark.py assign loss post" in written
+    assert str(tmp_path) not in written and "RetinaNet / ATSS" in written
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["speed"], "Unknown part 'speed'; known are .'assign', 'loss'"),
+        (["assign", "--device", "cuda"], "--device cuda needs a GPU"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused(arguments, message, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match=message):
+        benchmark.main(benchmark.make_parser().parse_args(arguments))
+
+
+def test_size_that_is_none_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        benchmark.make_parser().parse_args(["assign", "--image-size", "800"])
+    assert "write HEIGHTxWIDTH, such as 800x1344, not '800'" in capsys.readouterr().err
+
+
+def test_page_without_the_block_is_refused(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("<!-- benchmark loss -->\n<!-- end -->\n")
+    with pytest.raises(ValueError, match="no block '<!-- benchmark assign -->'"):
+        report.update_page(page, {"assign": "x"})
+
+
+def test_assignment_covers_the_same_anchors_and_objects():
+    for case in parts.assign_cases(tiny_scope()):
+        counts = set()
+        for contestant in case.contestants:
+            result = contestant.call(None)
+            labels = result.labels if contestant.name == "ATSS" else torch.stack(result[0])
+            counts.add(tuple(labels.shape))
+            assert ((labels >= 0) & (labels < 5)).any(), contestant.name  # somebody is positive
+        assert len(counts) == 1, counts
+
+
+def test_losses_are_as_many_as_the_peers_and_reach_every_prediction():
+    (case,) = parts.loss_cases(tiny_scope())
+    losses = {contestant.name: contestant.call(None) for contestant in case.contestants}
+    assert list(losses) == NAMES
+    expected = {"ATSS": 3, "RetinaNet": 2, "FCOS": 3}  # RetinaNet has no centerness
+    assert {name: len(values) for name, values in losses.items()} == {n: expected[n] for n in NAMES}
+    for values in losses.values():
+        assert all(torch.isfinite(value) for value in values.values())
+    logits = 2 * 5 * sum(h * w for h, w in parts.grid_sizes_of((96, 128)))
+    assert case.unit_bytes == 4 * logits
+
+
+@pytest.mark.skipif(not peers.has_fcos(), reason="this Detectron2 has no FCOS")
+def test_post_processing_of_both_finds_the_same_detections():
+    cases = list(parts.post_cases(tiny_scope(image_size=(256, 320), num_classes=20)))
+    for case in cases:
+        results = {c.name: c.call(c.prepare()) for c in case.contestants}
+        for ours, theirs in zip(results["ATSS"], results["FCOS"]):
+            assert len(ours) == len(theirs) == 100
+            torch.testing.assert_close(ours.scores, theirs.scores)
+            assert torch.equal(ours.pred_classes, theirs.pred_classes)
+            boxes, others = ours.pred_boxes.tensor, theirs.pred_boxes.tensor
+            torch.testing.assert_close(boxes, others, atol=1e-3, rtol=0)
+
+
+def test_whole_models_have_equal_backbones_and_classes():
+    built = models._detectors(tiny_scope())
+    assert list(built) == ["ATSS"] + (["FCOS"] if peers.has_fcos() else []) + ["RetinaNet"]
+    shapes = {
+        name: [tuple(p.shape) for p in model.backbone.parameters()] for name, model in built.items()
+    }
+    assert all(shape == shapes["ATSS"] for shape in shapes.values())
+    assert {model.num_classes if name != "ATSS" else model.proposal_generator.num_classes
+            for name, model in built.items()} == {5}  # fmt: skip
+
+
+def test_memory_counts_temporaries_and_not_what_was_there_before():
+    x = torch.zeros(1024, 256)  # 1 MiB
+    one = timing.Contestant("one", lambda _: x + 1)
+    two = timing.Contestant("two", lambda _: (x + 1).mul(2).sum())  # two live at once
+    again = timing.Contestant("again", lambda y: y.add_(1), prepare=lambda: x.clone())
+    peaks = [timing.peak_extra_bytes(contestant, CPU) / 2**20 for contestant in (one, two, again)]
+    assert peaks == pytest.approx([1, 2, 0], abs=0.01)
+
+
+def test_contestants_take_turns_with_inputs_of_their_own():
+    order, seen = [], []
+
+    def contestant(name):
+        return timing.Contestant(name, lambda value: (order.append(name), seen.append(id(value))),
+                                 prepare=lambda: [name])  # fmt: skip
+
+    result = timing.race([contestant("a"), contestant("b")], CPU, repeats=2, warmup=1, memory=False)
+    assert order == ["a", "b", "a", "b", "b", "a"]
+    assert result["a"].rounds == 2 and result["a"].minimum <= result["a"].median
+    assert result["a"].peak_bytes is None
+
+
+def test_share_outside_convolution_is_that_of_the_other_work():
+    conv = nn.Conv2d(64, 64, 3, padding=1)
+    x = torch.rand(1, 64, 64, 64)
+    only = timing.Contestant("only", lambda _: conv(x))
+    none = timing.Contestant("none", lambda _: x.sort())
+    assert models.share_outside_convolution(only, CPU) < 0.5
+    assert models.share_outside_convolution(none, CPU) == 1
