@@ -1,5 +1,6 @@
 """Does an exported file say what the model says? A comparison on images of several sizes."""
 
+import functools
 import os
 from typing import Callable, List, NamedTuple, Optional, Sequence, Tuple
 
@@ -17,6 +18,7 @@ __all__ = [
     "compare_with_eager",
     "format_table",
     "load_exported",
+    "match_detections",
     "spread_scores",
     "synthetic_image",
 ]
@@ -123,7 +125,7 @@ def compare_with_eager(
             rows.append(_compare_raw(size, reference(images), found, score_thresh))
         else:
             names = output_names(model, batch_size)
-            rows.append(_compare(size, detect_as_tensors(model, images), found, names))
+            rows.append(match_detections(size, detect_as_tensors(model, images), found, names))
     model.train(was_training)
     return rows
 
@@ -194,11 +196,9 @@ def spread_scores(model: nn.Module, size: Size = (256, 320), std: float = 2.0) -
         _rescale(core.head.centerness, predictions.centerness, 1.0, 0.0)
     predictors = getattr(getattr(model, "roi_heads", None), "box_predictor", nn.ModuleList())
     for predictor in predictors if isinstance(predictors, nn.ModuleList) else [predictors]:
-        outputs: List[Tensor] = []
-        hook = predictor.cls_score.register_forward_hook(lambda *args: outputs.append(args[2]))
+        hook = predictor.cls_score.register_forward_hook(functools.partial(_spread_linear, std=std))
         model(inputs)
         hook.remove()
-        predictor.cls_score.weight.mul_(std / outputs[0].std().clamp(min=1e-6))
     model.train(was_training)
 
 
@@ -208,6 +208,11 @@ def _spread_offsets(conv: nn.Conv2d, inputs: Tuple[Tensor], outputs: Tensor) -> 
     outputs = F.conv2d(inputs[0], conv.weight, None, conv.stride, conv.padding, conv.dilation)
     conv.weight.div_(outputs.std())
     return outputs / outputs.std()
+
+
+def _spread_linear(layer: nn.Linear, inputs: Tuple[Tensor], outputs: Tensor, std: float) -> None:
+    """Forward hook: weights whose output on this input has a given deviation."""
+    layer.weight.mul_(std / outputs.std().clamp(min=1e-6))
 
 
 def _rescale(
@@ -228,9 +233,17 @@ def _shifted(image: Tensor, size: Size, shift: int) -> Tensor:
     return F.interpolate(image[None], size=size, mode="bilinear", align_corners=False)[0]
 
 
-def _compare(
+def match_detections(
     size: Size, expected: Sequence[Tensor], found: Sequence[Tensor], names: Sequence[str]
 ) -> CheckRow:
+    """Find each detection of one side on the other, whatever the order of nearly equal scores.
+
+    Args:
+        size: (height, width) of the image.
+        expected: tensors of the model.
+        found: tensors of the file.
+        names: of both, see `output_names`.
+    """
     left, right = dict(zip(names, expected)), dict(zip(names, found))
     boxes, others = left["boxes"].double(), right["boxes"].double()
     if len(boxes) == 0 or len(others) == 0:
