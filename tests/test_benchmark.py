@@ -50,10 +50,10 @@ def event_storage():
 
 def test_tool_writes_tables_json_plot_and_page(tmp_path):
     page = tmp_path / "page.md"
-    names = ["assign", "loss", "post", "deform_conv", "train", "inference"]
+    names = ["assign", "loss", "post", "deform_conv", "train", "inference", "steps"]
     page.write_text(
-        "Before.\n" + "".join(f"<!-- benchmark {n} -->\nold\n<!-- end -->\n" for n in names[:-1])
-        + "<!-- benchmark inference -->\n<!-- end -->\nAfter.\n"
+        "Before.\n" + "".join(f"<!-- benchmark {n} -->\nstale\n<!-- end -->\n" for n in names)
+        + "After.\n"
     )  # fmt: skip
     text = run_benchmark(
         tmp_path, *names, "--image-size", "64x96", "--objects", 1, 20, "--batch-sizes", 1,
@@ -70,12 +70,10 @@ def test_tool_writes_tables_json_plot_and_page(tmp_path):
         for measured in row["contestants"].values():
             assert 0 < measured["min_ms"] <= measured["median_ms"]
             assert measured["peak_bytes"] > 0
-    for row in result["rows"][-2:]:
+    for row in result["rows"][-3:]:
         shares = [m["outside_convolution"] for m in row["contestants"].values()]
         assert all(0 < share < 1 for share in shares)
-        assert any("prepared" in name for name in row["contestants"]) == (
-            row["part"] == "inference"
-        )
+        assert any("prepared" in name for name in row["contestants"]) == (row["part"] != "train")
     # Growth with objects, image size and classes has several points each.
     sizes = {row["settings"]["size"] for row in result["rows"] if row["part"] == "assign"}
     assert len(sizes) == 3
@@ -84,7 +82,7 @@ def test_tool_writes_tables_json_plot_and_page(tmp_path):
 
     written = page.read_text()
     assert written.startswith("Before.\n") and written.endswith("After.\n")
-    assert "old" not in written and written.count("| ATSS") >= 2
+    assert "stale" not in written and written.count("| ATSS") >= 2
     assert "`python tools/benchmark.py assign loss post" in written
     assert str(tmp_path) not in written and "RetinaNet / ATSS" in written
 

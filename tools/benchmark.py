@@ -1,11 +1,12 @@
 #!/usr/bin/env python
 """Measure ATSS beside Detectron2's RetinaNet and FCOS, in one process and in turn.
 
-Parts that are not convolution: assign, loss, post, deform_conv; whole models: train, inference.
-Prints tables; writes benchmark.json and benchmark.png. FCOS needs a Detectron2 younger than 0.6.
+Parts that are not convolution: assign, loss, post, deform_conv. Whole models: train, inference, and
+the steps of preparing one for inference. Prints tables; writes benchmark.json and
+benchmark.png. FCOS needs a Detectron2 younger than 0.6.
 
     python tools/benchmark.py assign loss post --threads 1
-    python tools/benchmark.py train inference --threads 2 --repeats 5
+    python tools/benchmark.py train inference steps --threads 2 --repeats 5
     python tools/benchmark.py inference --model toy/atss_toy --image-size 256x256
     python tools/benchmark.py --device cuda --batch-sizes 1 8 16
 """
@@ -57,9 +58,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--image-size", type=image_size, default=(800, 1344), metavar="HxW")
     parser.add_argument("--objects", type=int, nargs="+", default=[1, 7, 20, 50, 100, 300, 1000])
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[2, 8])
-    parser.add_argument("--model", default="coco/atss_R_50_FPN_1x", help="for train, inference")
+    parser.add_argument("--model", default="coco/atss_R_50_FPN_1x", help="config of whole models")
     parser.add_argument(
-        "--model-batch-sizes", type=int, nargs="+", default=[1], help="for train, inference"
+        "--model-batch-sizes", type=int, nargs="+", default=[1], help="of whole models"
     )
     parser.add_argument("--compile", action="store_true", help="also whole models compiled")
     parser.add_argument("--num-classes", type=int, default=80)

@@ -4,6 +4,7 @@ import copy
 from typing import Any, Dict, Iterator, List, Optional, Sequence
 
 import torch
+from atss.folding import fold_batch_norms
 from atss.inference_mode import prepare_for_inference
 from atss.model_zoo import get_config
 from atss.training_loop import compile_dense_parts, has_fast_bfloat16
@@ -70,7 +71,31 @@ def inference_cases(scope: Scope) -> Iterator[Case]:
         yield _case(scope, "inference", batch_size, _runnable(contestants))
 
 
-MODELS = {"train": train_cases, "inference": inference_cases}
+def step_cases(scope: Scope) -> Iterator[Case]:
+    """Detection after each step of `prepare_for_inference`."""
+    for batch_size in scope.model_batch_sizes:
+        batch = _make_batch(scope, batch_size)
+        model = _detectors(scope)["ATSS"].eval()
+        folded = copy.deepcopy(model)
+        fold_batch_norms(folded)
+        last = copy.deepcopy(folded).to(memory_format=torch.channels_last)
+        steps = {"as trained": model, "norms folded": folded, "and channels_last": last}
+        contestants = [_inference_contestant(*step, batch) for step in steps.items()]
+        name = "and fused operators: prepared"
+        contestants.append(_inference_contestant(name, prepare_for_inference(model), batch))
+        if scope.compile:
+            prepared = prepare_for_inference(model, compile=True)
+            contestants.append(_inference_contestant("prepared, compiled", prepared, batch))
+        if has_fast_bfloat16(scope.device):
+            last = copy.deepcopy(model).to(memory_format=torch.channels_last)
+            name = "as trained, channels_last, bfloat16 autocast"
+            contestants.append(_inference_contestant(name, last, batch, torch.bfloat16))
+            prepared = prepare_for_inference(model, dtype=torch.bfloat16)
+            contestants.append(_inference_contestant("prepared, bfloat16", prepared, batch))
+        yield _case(scope, "steps", batch_size, _runnable(contestants))
+
+
+MODELS = {"train": train_cases, "inference": inference_cases, "steps": step_cases}
 
 
 def share_outside_convolution(contestant: Contestant, device: torch.device) -> float:

@@ -76,7 +76,7 @@ def tables(rows: Sequence[Dict[str, Any]]) -> Dict[str, str]:
     for entry in rows:
         parts.setdefault(entry["part"], []).append(entry)
     return {
-        part: (_model_table if part in ("train", "inference") else _table)(entries)
+        part: (_model_table if part in ("train", "inference", "steps") else _table)(entries)
         for part, entries in parts.items()
     }
 
@@ -86,7 +86,7 @@ def _model_table(entries: Sequence[Dict[str, Any]]) -> str:
     lines = []
     for entry in entries:
         timings, settings = entry["contestants"], entry["settings"]
-        peer = "FCOS" if "FCOS" in timings else "RetinaNet"
+        peer = next(name for name in ("FCOS", "RetinaNet", *timings) if name in timings)
         if lines:
             lines.append("")
         lines.append(", ".join(f"{key} {value}" for key, value in settings.items()) + ":")
