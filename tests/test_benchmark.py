@@ -106,6 +106,14 @@ def test_size_that_is_none_is_refused(capsys):
     assert "write HEIGHTxWIDTH, such as 800x1344, not '800'" in capsys.readouterr().err
 
 
+def test_page_of_the_docs_has_a_block_for_every_part_and_device(tmp_path):
+    page = tmp_path / "performance.md"
+    page.write_text((REPO / "docs/performance.md").read_text())
+    names = [part + device for part in benchmark._CASES for device in ("", " cuda")]
+    report.update_page(page, {name: f"<{name}>" for name in names})
+    assert all(f"<{name}>" in page.read_text() for name in names)
+
+
 def test_page_without_the_block_is_refused(tmp_path):
     page = tmp_path / "page.md"
     page.write_text("<!-- benchmark loss -->\n<!-- end -->\n")
