@@ -16,11 +16,10 @@ from atss.export_check import (
     compare_with_eager,
     load_exported,
     match_detections,
-    spread_scores,
-    synthetic_image,
 )
 from atss.export_metadata import describe, write_metadata
 from atss.export_modules import detect_as_tensors
+from atss.export_samples import spread_scores, synthetic_image
 from atss.model_zoo import get
 from conftest import REPO, tiny_detector
 from torch import nn
@@ -232,7 +231,9 @@ def test_detectron2s_tracing_adapter_works_on_the_model_itself(model):
     with torch.no_grad():
         expected = model(numbers)
 
-    assert not list(device_constants(traced))
+    # Detectron2 main makes the batch on the CPU and moves it; nothing else may know a device.
+    uses = [use.user.kind() for node in device_constants(traced) for use in node.output().uses()]
+    assert set(uses) <= {"aten::new_full"}, uses
     for found, wanted in zip(outputs, expected):
         found, wanted = found["instances"], wanted["instances"]
         assert len(wanted) > 0

@@ -24,10 +24,10 @@ from atss.export_check import (
     compare_with_eager,
     format_table,
     load_exported,
-    spread_scores,
 )
 from atss.export_metadata import class_names_of, describe, resize_rule, write_metadata
 from atss.export_operators import MissingOperatorError
+from atss.export_samples import spread_scores
 from atss.lazy_training import load_lazy_config
 from atss.model_zoo import config_file, get_checkpoint_url
 from atss.yaml_config import load_yaml_config

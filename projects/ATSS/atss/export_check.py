@@ -1,16 +1,16 @@
 """Does an exported file say what the model says? A comparison on images of several sizes."""
 
-import functools
 import os
 from typing import Callable, List, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from .detector import ATSSDetector
 from .export_modules import PathLike, RawHeads, Size, detect_as_tensors, output_names
 from .export_operators import load_onnx
+from .export_samples import resized_and_rolled, synthetic_image
 
 __all__ = [
     "CheckRow",
@@ -19,8 +19,6 @@ __all__ = [
     "format_table",
     "load_exported",
     "match_detections",
-    "spread_scores",
-    "synthetic_image",
 ]
 
 BOX_TOLERANCE = 0.01  # pixels
@@ -118,14 +116,21 @@ def compare_with_eager(
             seeds = range(i * batch_size, (i + 1) * batch_size)
             images = torch.stack([synthetic_image(size, seed) for seed in seeds])
         else:
-            images = torch.stack([_shifted(image, size, shift) for shift in range(batch_size)])
+            images = torch.stack(
+                [resized_and_rolled(image, size, shift) for shift in range(batch_size)]
+            )
         found = run(images)
         if raw_heads:
             score_thresh = model.proposal_generator.score_thresh
             rows.append(_compare_raw(size, reference(images), found, score_thresh))
         else:
             names = output_names(model, batch_size)
-            rows.append(match_detections(size, detect_as_tensors(model, images), found, names))
+            row = match_detections(size, detect_as_tensors(model, images), found, names)
+            if row.num_unmatched and isinstance(model, ATSSDetector):
+                candidates = _before_nms(model, images)
+                expected = detect_as_tensors(model, images)
+                row = match_detections(size, expected, found, names, candidates)
+            rows.append(row)
     model.train(was_training)
     return rows
 
@@ -148,93 +153,12 @@ def format_table(rows: Sequence[CheckRow]) -> str:
     return "\n".join(lines)
 
 
-def synthetic_image(size: Size, seed: int = 0) -> Tensor:
-    """(3, H, W) float32 in 0..255: noise of several scales and flat rectangles, always the same."""
-    height, width = size
-    generator = torch.Generator().manual_seed(seed)
-    image = torch.zeros(1, 3, height, width)
-    for cell in (64, 16, 4, 1):
-        noise = torch.randn(1, 3, height // cell + 2, width // cell + 2, generator=generator)
-        image += F.interpolate(noise, size=size, mode="bilinear", align_corners=False)
-    for _ in range(8):
-        y, x, h, w = torch.rand(4, generator=generator).tolist()
-        top, left = int(y * height), int(x * width)
-        color = torch.randn(1, 3, 1, 1, generator=generator) * 2
-        image[..., top : top + int(h * 100) + 8, left : left + int(w * 100) + 8] = color
-    return (image[0] * 40 + 128).clamp(0, 255)
-
-
-@torch.no_grad()
-def spread_scores(model: nn.Module, size: Size = (256, 320), std: float = 2.0) -> None:
-    """Make a model of random weights worth checking: scores spread instead of all being the prior.
-
-    Scales the predictors in place, so that on a synthetic image class logits of the dense core
-    have mean -4 and the given deviation, centerness logits deviation 1 and deltas a deviation of
-    half their unit; class logits of a second stage get the same deviation. Offsets of deformable
-    convolutions, all zero at first, get a deviation of a pixel.
-
-    Args:
-        model: an `ATSSDetector` or a two-stage model on one, changed in place.
-        size: (height, width) of the image.
-        std: deviation of the class logits.
-    """
-    was_training = model.training
-    model.eval()
-    core = model.proposal_generator
-    inputs = [{"image": synthetic_image(size, seed=100)}]
-    offset_convs = [
-        m for name, m in model.named_modules() if name.endswith(("conv2_offset", "conv_offset"))
-    ]
-    hooks = [conv.register_forward_hook(_spread_offsets) for conv in offset_convs]
-    features = model.backbone(model.preprocess_image(inputs).tensor)
-    predictions = core.head([features[name] for name in core.in_features])
-    for hook in hooks:
-        hook.remove()
-    _rescale(core.head.cls_logits, predictions.logits, std, -4.0)
-    _rescale(core.head.bbox_pred, predictions.deltas, 0.5, None)
-    if predictions.centerness is not None:
-        _rescale(core.head.centerness, predictions.centerness, 1.0, 0.0)
-    predictors = getattr(getattr(model, "roi_heads", None), "box_predictor", nn.ModuleList())
-    for predictor in predictors if isinstance(predictors, nn.ModuleList) else [predictors]:
-        hook = predictor.cls_score.register_forward_hook(functools.partial(_spread_linear, std=std))
-        model(inputs)
-        hook.remove()
-    model.train(was_training)
-
-
-def _spread_offsets(conv: nn.Conv2d, inputs: Tuple[Tensor], outputs: Tensor) -> Tensor:
-    """Forward hook: random weights whose output on this input has a deviation of 1."""
-    nn.init.normal_(conv.weight)
-    outputs = F.conv2d(inputs[0], conv.weight, None, conv.stride, conv.padding, conv.dilation)
-    conv.weight.div_(outputs.std())
-    return outputs / outputs.std()
-
-
-def _spread_linear(layer: nn.Linear, inputs: Tuple[Tensor], outputs: Tensor, std: float) -> None:
-    """Forward hook: weights whose output on this input has a given deviation."""
-    layer.weight.mul_(std / outputs.std().clamp(min=1e-6))
-
-
-def _rescale(
-    layer: nn.Conv2d, outputs: Sequence[Tensor], std: float, mean: Optional[float]
-) -> None:
-    channels = [level.transpose(0, 1).flatten(1) for level in outputs]
-    values = torch.cat(channels, dim=1)  # (channels, all locations)
-    factor = std / values.std(dim=1).clamp(min=1e-6)
-    center = values.mean(dim=1) - layer.bias
-    new_mean = layer.bias if mean is None else mean
-    layer.weight.mul_(factor.view(-1, 1, 1, 1))
-    layer.bias.copy_(new_mean - center * factor)
-
-
-def _shifted(image: Tensor, size: Size, shift: int) -> Tensor:
-    """An image in another size; with a shift, its columns are moved round by as many eighths."""
-    image = image.float().roll(shift * (image.shape[-1] // 8), dims=-1)
-    return F.interpolate(image[None], size=size, mode="bilinear", align_corners=False)[0]
-
-
 def match_detections(
-    size: Size, expected: Sequence[Tensor], found: Sequence[Tensor], names: Sequence[str]
+    size: Size,
+    expected: Sequence[Tensor],
+    found: Sequence[Tensor],
+    names: Sequence[str],
+    candidates: Optional[Sequence[Tensor]] = None,
 ) -> CheckRow:
     """Find each detection of one side on the other, whatever the order of nearly equal scores.
 
@@ -243,54 +167,80 @@ def match_detections(
         expected: tensors of the model.
         found: tensors of the file.
         names: of both, see `output_names`.
+        candidates: what the model had to choose from; a detection of the file which is one of
+            these, and whose score equals that of one which the file lacks, is a tie.
     """
+    if len(expected[0]) == 0 or len(found[0]) == 0:
+        unmatched = len(expected[0]) + len(found[0])
+        return CheckRow(size, len(expected[0]), len(found[0]), 0.0, 0.0, 0, unmatched)
+    cost, box_distance, score_distance = _distances(expected, found, names)
+    pairs = _match(cost.numpy())
+    rows, columns = [list(idxs) for idxs in zip(*pairs)] if pairs else ([], [])
+    num_ties = 0
+    if candidates is not None:
+        missing = _others(expected, rows)
+        extra = _others(found, columns)
+        is_candidate = [j for j, _ in _match(_distances(extra, candidates, names)[0].numpy())]
+        scores = sorted(missing[names.index("scores")].tolist())
+        other_scores = sorted(extra[names.index("scores")][is_candidate].tolist())
+        num_ties = sum(abs(a - b) <= TIE_TOLERANCE for a, b in zip(scores, other_scores))
+    return CheckRow(
+        size,
+        len(expected[0]),
+        len(found[0]),
+        float(box_distance[rows, columns].max()) if pairs else 0.0,
+        float(score_distance[rows, columns].max()) if pairs else 0.0,
+        num_ties,
+        len(expected[0]) + len(found[0]) - 2 * len(pairs) - 2 * num_ties,
+    )
+
+
+def _before_nms(model: ATSSDetector, images: Tensor) -> Tuple[Tensor, ...]:
+    core = model.proposal_generator
+    settings = core.nms_thresh, core.detections_per_image
+    core.nms_thresh, core.detections_per_image = 1.0, -1
+    try:
+        return detect_as_tensors(model, images)
+    finally:
+        core.nms_thresh, core.detections_per_image = settings
+
+
+def _others(detections: Sequence[Tensor], idxs: Sequence[int]) -> List[Tensor]:
+    is_other = torch.ones(len(detections[0]), dtype=torch.bool)
+    is_other[list(idxs)] = False
+    return [tensor[is_other] for tensor in detections]
+
+
+def _distances(
+    expected: Sequence[Tensor], found: Sequence[Tensor], names: Sequence[str]
+) -> Tuple[Tensor, Tensor, Tensor]:
+    """(D, D') cost of each pair in units of what is allowed, distance of boxes, of scores."""
     left, right = dict(zip(names, expected)), dict(zip(names, found))
     boxes, others = left["boxes"].double(), right["boxes"].double()
-    if len(boxes) == 0 or len(others) == 0:
-        unmatched = len(boxes) + len(others)
-        return CheckRow(size, len(boxes), len(others), 0.0, 0.0, 0, unmatched)
     box_distance = (boxes[:, None] - others[None]).abs().amax(dim=2)
     score_distance = (left["scores"][:, None] - right["scores"][None]).abs().double()
     if "masks" in left:
         masks = [fields["masks"].flatten(1).float() for fields in (left, right)]
         score_distance = score_distance.maximum(torch.cdist(*masks, p=float("inf")).double())
-    # In units of what is allowed; another class or image is never a partner.
     cost = (box_distance / BOX_TOLERANCE).maximum(score_distance / SCORE_TOLERANCE)
     for name in ("classes", "image_idxs"):
-        if name in left:
+        if name in left:  # another class or image is never a partner
             cost[left[name][:, None] != right[name][None]] = float("inf")
-    pairs = _match(cost.numpy())
-    ties = _count_ties(left["scores"], right["scores"], pairs)
-    rows, columns = [list(idxs) for idxs in zip(*pairs)] if pairs else ([], [])
-    return CheckRow(
-        size,
-        len(boxes),
-        len(others),
-        float(box_distance[rows, columns].max()) if pairs else 0.0,
-        float(score_distance[rows, columns].max()) if pairs else 0.0,
-        ties,
-        len(boxes) + len(others) - 2 * len(pairs) - 2 * ties,
-    )
+    return cost, box_distance, score_distance
 
 
 def _match(cost: np.ndarray) -> List[Tuple[int, int]]:
     """Partners of cost at most 1, the best first, each used once."""
-    pairs = []
+    pairs: List[Tuple[int, int]] = []
     cost = cost.copy()
+    if cost.shape[1] == 0:
+        return pairs
     for i in range(len(cost)):
         j = int(cost[i].argmin())
         if cost[i, j] <= 1:
             pairs.append((i, j))
             cost[:, j] = np.inf
     return pairs
-
-
-def _count_ties(scores: Tensor, others: Tensor, pairs: Sequence[Tuple[int, int]]) -> int:
-    """Detections without a partner on both sides whose scores are nevertheless the same."""
-    rows, columns = {i for i, _ in pairs}, {j for _, j in pairs}
-    left = sorted(float(s) for i, s in enumerate(scores) if i not in rows)
-    right = sorted(float(s) for j, s in enumerate(others) if j not in columns)
-    return sum(abs(a - b) <= TIE_TOLERANCE for a, b in zip(left, right))
 
 
 def _compare_raw(
