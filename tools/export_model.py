@@ -12,6 +12,7 @@ import argparse
 import os
 import sys
 import time
+import warnings
 from pathlib import Path
 from typing import List, Optional, Tuple
 
@@ -213,6 +214,8 @@ def read_image(file: str) -> torch.Tensor:
 
 def main(argv: Optional[List[str]] = None) -> int:
     args = parse_arguments(argv)
+    # PyTorch announces the end of TorchScript at every step of it.
+    warnings.filterwarnings("ignore", "`torch.jit", FutureWarning)
     try:
         return 0 if export(args) else 1
     except (ImportError, OSError, TypeError, ValueError, MissingOperatorError) as error:
