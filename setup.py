@@ -29,6 +29,8 @@ class BuildWithConfigs(build_py):
                 shutil.copyfile(source, target)
 
 
+EXPORT = ["onnx", "onnxscript", "onnxruntime"]
+
 setup(
     name="atss",
     version=VERSION,
@@ -52,7 +54,7 @@ setup(
         "hydra-core>=1.1",
     ],
     extras_require={
-        "export": ["onnx", "onnxscript", "onnxruntime"],
-        "dev": ["pytest", "pytest-cov", "pytest-xdist", "ruff"],
+        "export": EXPORT,
+        "dev": ["pytest", "pytest-cov", "pytest-xdist", "ruff", *EXPORT],
     },
 )
