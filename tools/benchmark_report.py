@@ -150,7 +150,7 @@ def _ms(value: float) -> str:
 def _memory(peak: int, unit: int) -> str:
     text = f"{peak / _MIB:.1f} MiB"
     # The loss is counted in tensors of the size of all logits, what it makes of them.
-    return f"{text} = {peak / unit:.2f} logit tensors" if unit else text
+    return f"{text} ({peak / unit:.2f} x logits)" if unit else text
 
 
 def write_json(path: Path, result: Dict[str, Any]) -> None:
@@ -182,7 +182,11 @@ def plot(path: Path, rows: Sequence[Dict[str, Any]]) -> None:
         for name in names:
             points = sorted((x, times[name]) for x, times in values if name in times)
             axis.plot(*zip(*points), marker="o", markersize=3, label=name)
-        axis.set(xscale="log", yscale="log", xlabel=key, ylabel="ms (minimum)", title=part)
+        scale = "linear" if key == "pixels" else "log"
+        label = {"pixels": "megapixels of the image", "objects": "objects of the image"}.get(
+            key, key
+        )
+        axis.set(xscale=scale, yscale="log", xlabel=label, ylabel="ms (minimum)", title=part)
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8)
     figure.savefig(path, dpi=110)
@@ -198,10 +202,10 @@ def _series(rows, part: str, key: str, fixed: Dict[str, Any]):
             continue
         if key == "pixels":
             height, width = settings["size"].split("x")
-            x = int(height) * int(width)
+            x = int(height) * int(width) / 1e6
         else:
             x = settings.get(key, index + 1)
-        if not isinstance(x, int):
+        if isinstance(x, str):
             continue
         times = {name: timing["min_ms"] for name, timing in entry["contestants"].items()}
         names.update(dict.fromkeys(times))
