@@ -112,26 +112,8 @@ def model():
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("export")
-
-
-@pytest.fixture(scope="module")
-def traced(model, folder):
-    return export_torchscript(model, folder / "model.pt", example_size=TRACED)
-
-
-@pytest.fixture(scope="module")
-def program(model, folder):
-    return export_program(model, folder / "model.pt2", example_size=TRACED).module()
-
-
-@pytest.fixture(scope="module")
-def onnx_file(model, folder):
-    pytest.importorskip("onnxscript")
-    pytest.importorskip("onnxruntime")
-    export_onnx(model, folder / "model.onnx", example_size=TRACED)
-    return load_exported(folder / "model.onnx", "onnx")
+def traced(model):
+    return export_torchscript(model, example_size=TRACED)
 
 
 @pytest.fixture(scope="module")
@@ -175,21 +157,13 @@ def test_torchscript_agrees_for_every_kind_of_detector(variant):
     assert not list(device_constants(traced))
 
 
-def test_all_formats_agree_on_every_size(model, traced, program, onnx_file):
-    for run in (traced, program, onnx_file):
-        assert_agrees(model, run)
-
-
-def test_number_of_candidates_goes_from_none_to_thousands(
-    model, contents, traced, program, onnx_file
-):
+def test_number_of_candidates_goes_from_none_to_thousands(model, contents, traced):
     core = model.proposal_generator
     with torch.no_grad():
         features = model.backbone(model.preprocess_image([{"image": contents[2][0]}]).tensor)
         logits = core.head([features[name] for name in core.in_features]).logits
     assert sum(int((level.sigmoid() > 0.05).sum()) for level in logits) > 2000
-    for run in (traced, program, onnx_file):
-        assert_right_for(contents, model, run)
+    assert_right_for(contents, model, traced)
 
 
 def test_file_traced_on_an_image_without_candidates_finds_them_elsewhere(model, contents):
@@ -255,11 +229,11 @@ def test_two_stage_detectors_export_to_torchscript(kind):
 
 
 @pytest.mark.parametrize("name", ["box", "no centerness"])
-def test_raw_heads_have_fixed_shapes_and_agree(name, folder):
+def test_raw_heads_have_fixed_shapes_and_agree(name, tmp_path):
     onnx = pytest.importorskip("onnx")
     pytest.importorskip("onnxruntime")
     model = detector(**copy.deepcopy(VARIANTS[name]))
-    file = folder / f"raw {name}.onnx"
+    file = tmp_path / "raw.onnx"
     export_onnx(model, file, example_size=RAW_SIZE, raw_heads=True)
 
     assert_agrees(model, load_exported(file, "onnx"), [RAW_SIZE] * 2, raw_heads=True)
@@ -278,7 +252,8 @@ def test_raw_heads_have_fixed_shapes_and_agree(name, folder):
     assert_agrees(model, traced, [(33, 40), (250, 330)], raw_heads=True)
 
 
-# What docs/deploy.md tells people to do, in processes without our code.
+# What docs/deploy.md tells people to do, in processes without our code. Export takes seconds, so
+# one test asks all questions about a file.
 
 BLOCKED = """
 import sys
@@ -340,20 +315,33 @@ def assert_same_detections(found, wanted):
     assert row.passed, row
 
 
-def test_torch_files_run_as_documented_without_our_code(model, folder, traced, program):
-    wanted = prepare(folder, model, "model.pt")
-    blocked = ("detectron2", "atss", "fvcore", "omegaconf")
-    results, output = run_documented(folder, blocked, "TorchScript", "torch.export")
+def test_torch_files_agree_and_run_as_documented_without_our_code(
+    model, contents, traced, tmp_path
+):
+    traced.save(tmp_path / "model.pt")
+    program = export_program(model, tmp_path / "model.pt2", example_size=TRACED).module()
+    assert_agrees(model, program)
+    assert_right_for(contents, model, program)
 
+    wanted = prepare(tmp_path, model, "model.pt")
+    blocked = ("detectron2", "atss", "fvcore", "omegaconf")
+    results, output = run_documented(tmp_path, blocked, "TorchScript", "torch.export")
     for found in results:
         assert_same_detections(found, wanted)
     assert output.splitlines()[0].startswith(f"class {int(wanted.pred_classes[0])} ")
 
 
-def test_onnx_files_run_as_documented_with_onnxruntime_alone(model, folder, onnx_file, tmp_path):
+def test_onnx_files_agree_and_run_as_documented_with_onnxruntime_alone(model, contents, tmp_path):
+    pytest.importorskip("onnxscript")
+    pytest.importorskip("onnxruntime")
+    export_onnx(model, tmp_path / "model.onnx", example_size=TRACED)
+    session = load_exported(tmp_path / "model.onnx", "onnx")
+    assert_agrees(model, session)
+    assert_right_for(contents, model, session)
+
     blocked = ("detectron2", "atss", "torch", "torchvision", "onnx", "onnxscript")
-    wanted = prepare(folder, model, "model.onnx")
-    [found], _ = run_documented(folder, blocked, "ONNX")
+    wanted = prepare(tmp_path, model, "model.onnx")
+    [found], _ = run_documented(tmp_path, blocked, "ONNX")
     assert_same_detections(found, wanted)
 
     # The image fills the file's size up to a multiple of 32, so that padding is the model's own.
