@@ -204,6 +204,34 @@ def test_prepared_model_works_under_test_time_augmentation():
     assert len(detections(tta, batch)[0]) > 0
 
 
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_prepared_model_runs_in_inference_mode_and_under_autocast(dtype):
+    prepared = prepare_for_inference(make_detector(), dtype=dtype)
+    batch = [make_input(64, 64)]
+    expected = detections(prepared, batch)[0]
+    with torch.inference_mode():
+        result = copy.deepcopy(prepared)(batch)[0]["instances"]
+    torch.testing.assert_close(result.scores, expected.scores)
+    with torch.autocast("cpu", torch.bfloat16):
+        result = detections(prepared, batch)[0]
+    assert abs(len(result) - len(expected)) <= 5 and result.scores.dtype == torch.float32
+
+
+def test_compiled_parts_are_the_backbone_and_the_head(monkeypatch):
+    # The eager backend stands for the compiler, which takes a minute.
+    compiled, real = [], nn.Module.compile
+    monkeypatch.setattr(
+        nn.Module,
+        "compile",
+        lambda self, **kwargs: (compiled.append(kwargs), real(self, backend="eager", **kwargs)),
+    )
+    model = make_detector()
+    prepared = prepare_for_inference(model, compile=True)
+    assert compiled == [{"dynamic": True}] * 2
+    assert_same_outputs(prepared, model, [make_input(64, 96)])
+    assert not any(isinstance(module, FusedConv2d) for module in prepared.modules())
+
+
 def test_config_decides_whether_and_how_to_prepare():
     cfg = get_config("toy/atss_toy")
     assert not cfg.train.prepare.enabled  # evaluation equals training unless asked

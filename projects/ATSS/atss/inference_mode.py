@@ -10,7 +10,7 @@ from torch import nn
 from .folding import fold_batch_norms
 from .fused_layers import fuse_convolutions
 from .head import DensePredictions
-from .training_loop import has_fast_bfloat16
+from .training_loop import compile_dense_parts, has_fast_bfloat16
 
 __all__ = ["inference_dtype", "prepare_as_configured", "prepare_for_inference"]
 
@@ -70,8 +70,7 @@ def prepare_for_inference(
     if dtype is not None:
         _compute_in(parts, dtype)
     if compile:
-        for part in (parts.backbone, parts.head):
-            part.compile(dynamic=True)
+        compile_dense_parts(model, dynamic=True)
     elif device.type == "cpu":
         fuse_convolutions(model)
     model.is_prepared_for_inference = True

@@ -87,20 +87,31 @@ def make_grad_scaler(dtype: Optional[torch.dtype]) -> Optional[Any]:
     return torch.cuda.amp.GradScaler()  # torch < 2.3
 
 
-def compile_dense_parts(model: nn.Module) -> nn.Module:
+def compile_dense_parts(model: nn.Module, dynamic: Optional[bool] = None) -> nn.Module:
     """Let backbone and dense head run through `torch.compile`; the rest stays as it is.
 
-    Names of parameters stay, so checkpoints fit. The first steps take minutes; another image size
-    compiles once more, for any size. On a CPU this needs a C++ compiler.
+    Names of parameters stay, so checkpoints fit. The first step takes minutes. On a CPU this needs
+    a C++ compiler.
 
     Args:
         model: `ATSSDetector` or a two-stage model; changed in place.
+        dynamic: compile for images of any size at once; None compiles for the first size, and for
+            any size when there is a second.
 
     Returns:
         The model.
+
+    Raises:
+        ValueError: for a torch that cannot compile a module in place.
     """
-    model.backbone.compile()
-    model.proposal_generator.head.compile()
+    if not hasattr(nn.Module, "compile"):
+        raise ValueError(
+            f"torch {torch.__version__} cannot compile parts of a model, 2.2 can. Update it, "
+            "or set train.compile and train.prepare.compile (SOLVER.COMPILE, TEST.PREPARE.COMPILE) "
+            "to False."
+        )
+    for part in (model.backbone, model.proposal_generator.head):
+        part.compile(dynamic=dynamic)
     return model
 
 
