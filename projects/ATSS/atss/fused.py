@@ -44,6 +44,10 @@ class Fused:
 
 def is_compiling() -> bool:
     """Whether `torch.compile` or `torch.export` is tracing the caller."""
-    if hasattr(torch.compiler, "is_compiling"):
-        return torch.compiler.is_compiling()
-    return torch._dynamo.is_compiling()  # torch 2.0 to 2.2
+    # torch 2.0 has no torch.compiler, and its torch._dynamo is there only once something compiles;
+    # 2.1 and 2.2 have the function in the second place.
+    for name in ("compiler", "_dynamo"):
+        namespace = getattr(torch, name, None)
+        if hasattr(namespace, "is_compiling"):
+            return namespace.is_compiling()
+    return False
