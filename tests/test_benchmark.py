@@ -15,6 +15,7 @@ from detectron2.utils.events import EventStorage
 benchmark = pytest.importorskip("benchmark")
 timing = pytest.importorskip("benchmark_timing")
 parts = pytest.importorskip("benchmark_parts")
+scope = pytest.importorskip("benchmark_scope")
 models = pytest.importorskip("benchmark_models")
 peers = pytest.importorskip("benchmark_peers")
 report = pytest.importorskip("benchmark_report")
@@ -39,7 +40,7 @@ def tiny_scope(**changes):
         image_size=(96, 128), objects=(1, 3), batch_sizes=(2,), num_classes=5, class_sweep=(),
         size_factors=(), model="toy/atss_toy",
     )  # fmt: skip
-    return parts.Scope(CPU, **{**options, **changes})
+    return scope.Scope(CPU, **{**options, **changes})
 
 
 @pytest.fixture(autouse=True)

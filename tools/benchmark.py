@@ -23,9 +23,10 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 
 import torch
 from benchmark_models import MODELS, share_outside_convolution
-from benchmark_parts import PARTS, Scope
+from benchmark_parts import PARTS
 from benchmark_peers import has_fcos
 from benchmark_report import blocks, environment, plot, row, tables, update_page, write_json
+from benchmark_scope import Scope
 from benchmark_timing import race
 
 from detectron2.utils.events import EventStorage

@@ -8,9 +8,9 @@ from atss.folding import fold_batch_norms
 from atss.inference_mode import prepare_for_inference
 from atss.model_zoo import get_config
 from atss.training_loop import compile_dense_parts, has_fast_bfloat16
-from benchmark_parts import Case, Scope
 from benchmark_peers import fcos_detector, has_fcos, retinanet_detector
 from benchmark_scenes import random_instances
+from benchmark_scope import Case, Scope
 from benchmark_timing import Contestant
 from torch import nn
 
@@ -108,6 +108,8 @@ def share_outside_convolution(contestant: Contestant, device: torch.device) -> f
             torch.cuda.synchronize(device)
     total = convolution = 0.0
     for event in profile.key_averages():
+        if event.device_type != torch.autograd.DeviceType.CPU:
+            continue  # a kernel: the operator that launched it has its time, and a name we know
         if device.type == "cuda":
             # torch < 2.4 says cuda instead of device
             seconds = getattr(event, "self_device_time_total", None)
@@ -115,7 +117,6 @@ def share_outside_convolution(contestant: Contestant, device: torch.device) -> f
         else:
             seconds = event.self_cpu_time_total
         total += seconds
-        # Kernels on a GPU have their own names; the operators that launch them carry their time.
         convolution += seconds if "conv" in event.key.lower() else 0.0
     return 1 - convolution / total
 
