@@ -20,8 +20,8 @@ from atss.export_check import (
 from atss.export_metadata import describe, write_metadata
 from atss.export_modules import detect_as_tensors
 from atss.export_samples import spread_scores, synthetic_image
-from atss.model_zoo import get
 from conftest import REPO, tiny_detector
+from test_two_stage import lazy_model
 from torch import nn
 
 import detectron2.data.transforms as T
@@ -216,11 +216,11 @@ def test_detectron2s_tracing_adapter_works_on_the_model_itself(model):
         assert found.pred_classes.tolist() == wanted.pred_classes.tolist()
 
 
-@pytest.mark.parametrize("kind", ["faster", "mask"])
-def test_two_stage_detectors_export_to_torchscript(kind):
-    model = get(f"toy/{kind}_rcnn_atss_toy", device="cpu")
+@pytest.mark.parametrize("kind", ["faster", "mask", "cascade"])
+def test_two_stage_detectors_export_to_torchscript(kind, tmp_path):
+    model = lazy_model(kind).eval()
     spread_scores(model)
-    traced = export_torchscript(model, example_size=TRACED)
+    traced = export_torchscript(model, tmp_path / "model.pt", example_size=TRACED)
 
     assert_agrees(model, traced, [(60, 70), (200, 150)])
     assert not list(device_constants(traced))

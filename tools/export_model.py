@@ -39,6 +39,16 @@ from detectron2.modeling import build_model
 
 SUFFIXES = {"torchscript": ".pt", "export": ".pt2", "onnx": ".onnx"}
 
+# What a user can cause and mend: a sentence is enough. Anything else is a bug and shows its trace.
+USER_ERRORS = (
+    ImportError,
+    MissingOperatorError,
+    NotImplementedError,
+    OSError,
+    TypeError,
+    ValueError,
+)
+
 
 def parse_arguments(argv: Optional[List[str]] = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
@@ -90,8 +100,7 @@ def export(args: argparse.Namespace) -> bool:
     """Do what the arguments say; whether the file passed its check.
 
     Raises:
-        ImportError, OSError, RuntimeError, TypeError, ValueError: where that cannot be done. The
-            output is then left as it was.
+        USER_ERRORS: where that cannot be done. The output is then left as it was.
     """
     check_arguments(args)
     image = None if args.check_image is None else read_image(args.check_image)
@@ -218,7 +227,7 @@ def main(argv: Optional[List[str]] = None) -> int:
     warnings.filterwarnings("ignore", "`torch.jit", FutureWarning)
     try:
         return 0 if export(args) else 1
-    except (ImportError, OSError, TypeError, ValueError, MissingOperatorError) as error:
+    except USER_ERRORS as error:
         print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
         return 1
 

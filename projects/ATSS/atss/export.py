@@ -69,7 +69,7 @@ def export_torchscript(
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore", torch.jit.TracerWarning)
         traced = torch.jit.trace(adapter, adapter.flattened_inputs, check_trace=False)
-    _unfreeze_devices(traced)
+    _clean_graphs(traced)
     if path is not None:
         traced.save(os.fspath(path))
     return traced
@@ -99,13 +99,9 @@ def export_program(
 
     Raises:
         TypeError: for a model that is not an `ATSSDetector`.
-        RuntimeError: on a PyTorch without torch.export's dynamic sizes.
+        NotImplementedError: on a PyTorch too old for sizes that vary.
     """
-    if not hasattr(torch, "export") or not hasattr(torch.export, "Dim"):
-        raise RuntimeError(
-            f"PyTorch {torch.__version__} has no torch.export with dynamic sizes; it came with "
-            "2.1. Update PyTorch, or export to TorchScript."
-        )
+    _check_torch()
     module = (RawHeads(model) if raw_heads else ExportableDetector(model, nms)).eval()
     images = example_images(model, batch_size, example_size)
     dynamic = torch.export.Dim.DYNAMIC
@@ -145,7 +141,9 @@ def export_onnx(
         ImportError: without onnx and onnxscript.
         TypeError: for a model that is not an `ATSSDetector`.
         ValueError: for an opset that is too old.
+        NotImplementedError: on a PyTorch too old for sizes that vary.
     """
+    _check_torch()
     try:
         import onnx  # noqa: F401
         import onnxscript  # noqa: F401
@@ -191,32 +189,44 @@ def _size_oblivious():
     return contextlib.nullcontext()
 
 
-def _unfreeze_devices(traced: torch.jit.ScriptModule) -> None:
-    """Let every graph ask one of its inputs for the device, instead of the example's.
+def _check_torch() -> None:
+    if not hasattr(getattr(getattr(torch, "export", None), "Dim", None), "DYNAMIC"):
+        raise NotImplementedError(
+            f"PyTorch {torch.__version__} cannot export with sizes that vary (it has no "
+            "torch.export.Dim.DYNAMIC). Update PyTorch, or export to TorchScript."
+        )
 
-    Our own code leaves no device in a trace; Detectron2's ROI heads do, in 0.5 in many places.
+
+def _clean_graphs(traced: torch.jit.ScriptModule) -> None:
+    """Take out of a trace what Detectron2's ROI heads leave in it, in 0.5 in many places.
+
+    The device of the example: every graph now asks one of its inputs. And the function by which
+    Cascade R-CNN scales gradients, which no file can hold.
     """
     for module in traced.modules():
         try:
             graph = module.graph
         except RuntimeError:
             continue  # no forward: a list of modules
+        for node in graph.findAllNodes("prim::PythonOp", recurse=True):
+            if node.pyname() == "_ScaleGradient":
+                node.output().replaceAllUsesWith(next(node.inputs()))
+                node.destroy()
         constants = [
             node
             for node in graph.findAllNodes("prim::Constant", recurse=True)
             if str(node.output().type()) == "Device"
         ]
-        if not constants:
-            continue
-        # Sizes come in as whole numbers on the CPU; images and features are floats.
-        inputs = [v for v in graph.inputs() if str(v.type()) == "Tensor"]
-        images = [v for v in inputs if v.type().scalarType() == "Float" and v.type().dim() > 1]
-        assert images, f"no image or feature map goes into {module.original_name}"
-        node = graph.create("prim::device", [images[0]], 1)
-        node.output().setType(torch._C.DeviceObjType.get())
-        graph.prependNode(node)
-        for constant in constants:
-            constant.output().replaceAllUsesWith(node.output())
+        if constants:
+            # Sizes come in as whole numbers on the CPU; images and features are floats.
+            inputs = [v for v in graph.inputs() if str(v.type()) == "Tensor"]
+            images = [v for v in inputs if v.type().scalarType() == "Float" and v.type().dim() > 1]
+            assert images, f"no image or feature map goes into {module.original_name}"
+            node = graph.create("prim::device", [images[0]], 1)
+            node.output().setType(torch._C.DeviceObjType.get())
+            graph.prependNode(node)
+            for constant in constants:
+                constant.output().replaceAllUsesWith(node.output())
         torch._C._jit_pass_dce(graph)
 
 
