@@ -93,6 +93,7 @@ def test_tool_writes_tables_json_plot_and_page(tmp_path):
     [
         (["speed"], "Unknown part 'speed'; known are .'assign', 'loss'"),
         (["assign", "--device", "cuda"], "--device cuda needs a GPU"),
+        (["assign", "--clock", "process", "--threads", "2"], "--clock process .* --threads 1"),
     ],
 )
 def test_what_cannot_be_measured_is_refused(arguments, message, monkeypatch):
