@@ -297,6 +297,15 @@ def test_fused_convolution_gives_up_where_it_must():
         torch.testing.assert_close(conv(x.double()), 2 * first.double(), atol=1e-5, rtol=0)
 
 
+def test_activations_that_others_read_are_not_overwritten():
+    model = make_detector()
+    model.proposal_generator.head.extra = nn.Sequential(nn.ReLU(), nn.Conv2d(4, 4, 1), nn.ReLU())
+    model.proposal_generator.head.alone = nn.ReLU()
+    head = prepare_for_inference(model).proposal_generator.head
+    assert [m.inplace for m in (head.extra[0], head.extra[2], head.alone)] == [False, True, False]
+    assert all(m.inplace for m in head.cls_tower if isinstance(m, nn.ReLU))
+
+
 def test_block_does_not_write_over_a_feature_of_the_stage_before():
     backbone = randomize_norms(make_backbone(18, "FrozenBN")).eval().requires_grad_(False)
     fold_batch_norms(backbone)

@@ -10,6 +10,7 @@ from torch import nn
 from .folding import fold_batch_norms
 from .fused_layers import fuse_convolutions
 from .head import DensePredictions
+from .layers import DeformConv2d
 from .training_loop import compile_dense_parts, has_fast_bfloat16
 
 __all__ = ["inference_dtype", "prepare_as_configured", "prepare_for_inference"]
@@ -62,9 +63,7 @@ def prepare_for_inference(
         parts = _parts(model)
     model.eval().requires_grad_(False)
     fold_batch_norms(model)
-    for module in parts.head.modules():
-        if isinstance(module, nn.ReLU):
-            module.inplace = True  # behind a convolution or a norm, which nobody else reads
+    _work_in_place(parts.head)
     if channels_last:
         model.to(memory_format=torch.channels_last)
     if dtype is not None:
@@ -153,6 +152,18 @@ def _check_dtype(dtype: Optional[torch.dtype], device: torch.device) -> None:
             f"Inference in float16 needs a GPU, the model is on {device.type!r}. Take bfloat16 "
             "(train.prepare.precision, TEST.PREPARE.PRECISION)."
         )
+
+
+def _work_in_place(head: nn.Module) -> None:
+    """Let ReLUs overwrite their input where it is the result of a layer before, in a sequence."""
+    for sequence in head.modules():
+        if not isinstance(sequence, nn.Sequential):
+            continue
+        is_fresh = False
+        for module in sequence:
+            if isinstance(module, nn.ReLU) and is_fresh:
+                module.inplace = True
+            is_fresh = is_fresh or isinstance(module, (nn.Conv2d, DeformConv2d))
 
 
 def _compute_in(parts: _Parts, dtype: torch.dtype) -> None:
