@@ -29,7 +29,7 @@ def focal_loss_sum(
     slots: Slots,
     classes: Tensor,
     is_positive: Tensor,
-    num_cells: int,
+    num_cell_anchors: int,
     is_ignored: Optional[Tensor] = None,
     alpha: float = 0.25,
     gamma: float = 2.0,
@@ -45,7 +45,7 @@ def focal_loss_sum(
         slots: S anchors, among them all positives of the batch.
         classes: (S,) int64 class of each, in 0..K-1 where positive, anything elsewhere.
         is_positive: (S,) bool; a positive anchor appears as such exactly once.
-        num_cells: A, anchors per location.
+        num_cell_anchors: A, anchors per location.
         is_ignored: (N, R) bool, anchors that do not count; None if there are none.
         alpha: weight of positives; 1 - alpha is that of negatives.
         gamma: focusing exponent, >= 0.
@@ -55,27 +55,27 @@ def focal_loss_sum(
     """
     levels = [level if _is_dense(level) else level.contiguous() for level in logits]
     channels_last = [not level.is_contiguous() for level in levels]
-    num_classes = levels[0].shape[1] // num_cells
+    num_classes = levels[0].shape[1] // num_cell_anchors
     channels = classes.clamp(min=0, max=num_classes - 1).unsqueeze(1)
-    offsets = offsets_in_level(slots, channels, levels, num_cells, channels_last).squeeze(1)
-    positives = _Positives(slots.levels, offsets, is_positive)
+    offsets = offsets_in_level(slots, channels, levels, num_cell_anchors, channels_last).squeeze(1)
+    places = _Places(slots.levels, offsets, is_positive)
 
     # Views in the order of the memory; with weights, of a shape that those broadcast to.
     weights: List[Optional[Tensor]] = [None] * len(levels)
     if is_ignored is not None:
-        weights = _weights_per_level(~is_ignored, levels, channels_last, num_cells)
+        weights = _weights_per_level(~is_ignored, levels, channels_last, num_cell_anchors)
     levels = [
-        _in_order_of_memory(level, is_last, None if weight is None else num_cells)
+        _in_order_of_memory(level, is_last, None if weight is None else num_cell_anchors)
         for level, is_last, weight in zip(levels, channels_last, weights)
     ]
     if is_compiling():
-        values = _gather(levels, positives)
+        values = _gather(levels, places)
         sums = [_negative_sum(x, w, None, alpha, gamma) for x, w in zip(levels, weights)]
         return sum(sums) + _correction(values, is_positive, alpha, gamma)
-    return _FocalLoss.apply(positives, weights, alpha, gamma, *levels)
+    return _FocalLoss.apply(places, weights, alpha, gamma, *levels)
 
 
-class _Positives(NamedTuple):
+class _Places(NamedTuple):
     """S places in the logits: level, offset in its memory, whether the target there is 1."""
 
     levels: Tensor
@@ -87,7 +87,7 @@ class _FocalLoss(torch.autograd.Function):
     """Value and gradient in the forward; the backward only scales."""
 
     @staticmethod
-    def forward(ctx, positives, weights, alpha, gamma, *levels):
+    def forward(ctx, places, weights, alpha, gamma, *levels):
         ctx.dtype, ctx.shapes = levels[0].dtype, [level.shape for level in levels]
         grads: List[Optional[Tensor]] = [None] * len(levels)
         if any(ctx.needs_input_grad):
@@ -97,14 +97,14 @@ class _FocalLoss(torch.autograd.Function):
             # One element more: it takes what is written for slots that are not positive here.
             grads = [x.new_empty(x.numel() + 1, dtype=dtype) for x in levels]
         total = _sum_as_negatives(levels, weights, grads, alpha, gamma)
-        values = _gather(levels, positives)  # (S,)
+        values = _gather(levels, places)  # (S,)
         for i, grad in enumerate(grads):
             if grad is not None:
-                is_here = positives.is_positive & (positives.levels == i)
-                places = torch.where(is_here, positives.offsets, grad.numel() - 1)
-                grad[places] = _positive_grad(values, alpha, gamma).to(grad.dtype)
+                is_here = places.is_positive & (places.levels == i)
+                targets = torch.where(is_here, places.offsets, grad.numel() - 1)
+                grad[targets] = _positive_grad(values, alpha, gamma).to(grad.dtype)
         ctx.save_for_backward(*grads)
-        return total + _correction(values, positives.is_positive, alpha, gamma)
+        return total + _correction(values, places.is_positive, alpha, gamma)
 
     @staticmethod
     def backward(ctx, grad_output):
@@ -130,7 +130,9 @@ def _sum_as_negatives(
     """Sum of the loss as if no anchor were positive; writes its gradient into `grads`."""
     sums: List[Tensor] = []
     largest = max(level.numel() for level in levels)
-    scratch = torch.empty(3, min(_BLOCK, largest)) if levels[0].device.type == "cpu" else None
+    scratch: Optional[Tensor] = None
+    if levels[0].device.type == "cpu":
+        scratch = torch.empty(3, min(_BLOCK, largest), dtype=torch.float32, device="cpu")
     for level, weight, grad in zip(levels, weights, grads):
         grad = None if grad is None else grad[:-1].view(level.shape)
         if scratch is None:
@@ -188,8 +190,9 @@ def _negative_sum(
         0-dim float32 sum.
     """
     x = x.float()
-    p = x.sigmoid()
-    softplus = x.clamp(min=0) + x.abs().neg().exp().log1p()
+    # Not 0, where a power below 1 has no derivative.
+    p = x.sigmoid().clamp(min=torch.finfo(x.dtype).tiny)
+    softplus = F.softplus(x)
     factor = (1 - alpha) * p.pow(gamma)
     if weight is not None:
         factor = factor * weight
@@ -215,43 +218,45 @@ def _positive_grad(values: Tensor, alpha: float, gamma: float) -> Tensor:
     return -alpha * q.pow(gamma) * (gamma * p * F.softplus(-values) + q)
 
 
-def _gather(levels: Sequence[Tensor], positives: _Positives) -> Tensor:
+def _gather(levels: Sequence[Tensor], places: _Places) -> Tensor:
     """Logits at S places, (S,) float32; those of other levels are not visited."""
-    values = torch.zeros(positives.offsets.shape, device=positives.offsets.device)
+    device = places.offsets.device
+    values = torch.zeros(places.offsets.shape, dtype=torch.float32, device=device)
     for i, level in enumerate(levels):
-        is_here = positives.levels == i
-        here = level.reshape(-1)[torch.where(is_here, positives.offsets, 0)]
+        is_here = places.levels == i
+        here = level.reshape(-1)[torch.where(is_here, places.offsets, 0)]
         values = torch.where(is_here, here.float(), values)
     return values
 
 
 def _weights_per_level(
-    counts: Tensor, levels: Sequence[Tensor], channels_last: Sequence[bool], num_cells: int
+    counts: Tensor, levels: Sequence[Tensor], channels_last: Sequence[bool], num_cell_anchors: int
 ) -> List[Tensor]:
     """Which anchors count, (N, R) bool, as 0 or 1 in the shapes of `_in_order_of_memory`."""
     weights, first = [], 0
     for level, is_last in zip(levels, channels_last):
         num_images, _, height, width = level.shape
-        last = first + height * width * num_cells
+        last = first + height * width * num_cell_anchors
         weight = counts[:, first:last].to(torch.float32)
         if is_last:
             weights.append(weight.reshape(-1, 1))
         else:
-            weight = weight.view(num_images, height * width, num_cells).transpose(1, 2)
-            weights.append(weight.reshape(num_images * num_cells, 1, height * width))
+            weight = weight.view(num_images, height * width, num_cell_anchors).transpose(1, 2)
+            weights.append(weight.reshape(num_images * num_cell_anchors, 1, height * width))
         first = last
     return weights
 
 
-def _in_order_of_memory(level: Tensor, is_last: bool, num_cells: Optional[int]) -> Tensor:
+def _in_order_of_memory(level: Tensor, is_last: bool, num_cell_anchors: Optional[int]) -> Tensor:
     """A view of a level: flat, or (N*A, K, Hi*Wi) or (N*Hi*Wi*A, K) to be weighted by anchor."""
     num_images, depth, height, width = level.shape
     if is_last:
         level = level.permute(0, 2, 3, 1)
-        return level.reshape(-1) if num_cells is None else level.reshape(-1, depth // num_cells)
-    if num_cells is None:
+    if num_cell_anchors is None:
         return level.reshape(-1)
-    return level.reshape(num_images * num_cells, depth // num_cells, height * width)
+    if is_last:
+        return level.reshape(-1, depth // num_cell_anchors)
+    return level.reshape(num_images * num_cell_anchors, depth // num_cell_anchors, height * width)
 
 
 def _blocks(

@@ -101,10 +101,10 @@ class DenseLoss:
             0-dim float32 tensors "loss_cls", "loss_box_reg" and, with centerness,
             "loss_centerness".
         """
-        num_cells = predictions.deltas[0].shape[1] // 4
+        num_cell_anchors = predictions.deltas[0].shape[1] // 4
         grid_sizes = [tuple(level.shape[-2:]) for level in predictions.deltas]
         images, anchor_idxs, is_positive = _positive_slots(targets, self.num_classes)  # (S,) each
-        slots = locate(images, anchor_idxs, grid_sizes, num_cells)
+        slots = locate(images, anchor_idxs, grid_sizes, num_cell_anchors)
 
         anchor_boxes = concatenate_anchors(anchors)[anchor_idxs]  # (S, 4)
         # Undefined boxes must not reach log or division: their gradient could be NaN in spite of
@@ -120,7 +120,7 @@ class DenseLoss:
         num_positives = num_positives.clamp(min=1)
         centerness_sum = centerness_sum.clamp(min=torch.finfo(torch.float32).eps)
 
-        deltas = take(predictions.deltas, slots, num_cells).float()  # (S, 4)
+        deltas = take(predictions.deltas, slots, num_cell_anchors).float()  # (S, 4)
         box_losses = self._box_losses(deltas, anchor_boxes, gt_boxes)  # (S,)
         if self.centerness:
             box_loss = (box_losses * centerness).sum() / centerness_sum
@@ -131,7 +131,7 @@ class DenseLoss:
             slots,
             targets.labels[images, anchor_idxs],
             is_positive,
-            num_cells,
+            num_cell_anchors,
             # Sparse rules have no ignored anchors.
             None if targets.claims is not None else targets.labels < 0,
             self.focal_alpha,
@@ -143,7 +143,9 @@ class DenseLoss:
         }
         if self.centerness:
             assert predictions.centerness is not None, "the head predicts no centerness"
-            logits = take(predictions.centerness, slots, num_cells).squeeze(1).float()  # (S,)
+            logits = (
+                take(predictions.centerness, slots, num_cell_anchors).squeeze(1).float()
+            )  # (S,)
             bce = F.binary_cross_entropy_with_logits(logits, centerness, reduction="none")
             losses["loss_centerness"] = (bce * is_positive).sum() / num_positives
         return losses

@@ -62,9 +62,9 @@ def select_candidates(
         clipped to the image; those without area are left out.
     """
     num_images = len(image_sizes)
-    num_cells = predictions.deltas[0].shape[1] // 4
+    num_cell_anchors = predictions.deltas[0].shape[1] // 4
     found = [
-        _Found.on_level(predictions, i, level.tensor, num_cells, score_thresh)
+        _Found.on_level(predictions, i, level.tensor, num_cell_anchors, score_thresh)
         for i, level in enumerate(anchors)
     ]
     points, scores, classes = zip(*(level.scored(score_thresh, sqrt_score) for level in found))
@@ -80,7 +80,7 @@ def select_candidates(
         for image, count in enumerate(level_counts):
             if count > topk:
                 best = all_scores[first : first + count].sort(descending=True, stable=True).indices
-                kept[image].append(best[:topk].sort().values + first)
+                kept[image].append(best[:topk] + first)
             else:
                 kept[image].append(torch.arange(first, first + count, device=all_scores.device))
             first += count
@@ -133,12 +133,12 @@ class _Found(NamedTuple):
         predictions: DensePredictions,
         index: int,
         anchors: Tensor,
-        num_cells: int,
+        num_cell_anchors: int,
         score_thresh: float,
     ) -> "_Found":
-        def by_anchor(level: Tensor) -> Tensor:  # a view, (N, A, D, Hi * Wi)
-            depth = level.shape[1] // num_cells
-            return level.view(len(level), num_cells, depth, -1)
+        def by_anchor(level: Tensor) -> Tensor:  # (N, A, D, Hi * Wi), a view if memory allows
+            depth = level.shape[1] // num_cell_anchors
+            return level.reshape(len(level), num_cell_anchors, depth, -1)
 
         logits = by_anchor(predictions.logits[index])
         best = logits.amax(dim=2).transpose(1, 2)  # (N, Hi * Wi, A)
@@ -153,7 +153,7 @@ class _Found(NamedTuple):
             logits[images, cells, :, locations],
             by_anchor(predictions.deltas[index])[images, cells, :, locations],
             centerness,
-            anchors[locations * num_cells + cells],
+            anchors[locations * num_cell_anchors + cells],
         )
 
     def scored(self, score_thresh: float, sqrt_score: bool) -> Tuple[Tensor, Tensor, Tensor]:

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from detectron2.structures import Boxes
 
+from ..fused import is_compiling
+
 __all__ = [
     "Assignment",
     "Claims",
@@ -168,7 +170,7 @@ def host_constant(
     Returns:
         Tensor of the shape of `values`.
     """
-    constant = torch.tensor(values, dtype=dtype)
-    if device.type == "cuda":
+    constant = torch.tensor(values, dtype=dtype, device="cpu")
+    if device.type == "cuda" and not is_compiling():
         return constant.pin_memory().to(device, non_blocking=True)
     return constant.to(device)

@@ -66,8 +66,9 @@ class TopKAssigner:
         anchor_boxes = concatenate_anchors(anchors)  # (R, 4)
         boxes = concatenate_boxes(gt_boxes, anchor_boxes.device)  # (M, 4)
         num_objects = [len(b) for b in gt_boxes]
-        empty = torch.zeros((0, self._num_candidates(anchor_boxes)), dtype=torch.int64)
-        anchor_idxs = [empty.to(anchor_boxes.device)]
+        device = anchor_boxes.device
+        shape = (0, self._num_candidates(anchor_boxes))
+        anchor_idxs = [torch.zeros(shape, dtype=torch.int64, device=device)]
         for image_boxes in boxes.split(num_objects):
             anchor_idxs += self._best_anchors(image_boxes, anchor_boxes)
         anchor_idxs = torch.cat(anchor_idxs)  # (M, k)
