@@ -16,6 +16,7 @@ from detectron2.utils.events import get_event_storage
 from .build import build_parts
 from .proposal_generator import ATSS
 from .traceable import move_like
+from .transfer import instances_to_device, to_device
 
 __all__ = ["ATSSDetector", "build_detector"]
 
@@ -106,7 +107,10 @@ class ATSSDetector(nn.Module):
 
     def preprocess_image(self, batched_inputs: List[Dict]) -> ImageList:
         """Normalise the images, pad them to one size that the strides divide."""
-        images = [move_like(x["image"], self.pixel_mean) for x in batched_inputs]
+        if torch.jit.is_tracing():
+            images = [move_like(x["image"], self.pixel_mean) for x in batched_inputs]
+        else:
+            images = [to_device(x["image"], self.device) for x in batched_inputs]
         images = [(x - self.pixel_mean) / self.pixel_std for x in images]
         return ImageList.from_tensors(images, self.backbone.size_divisibility)
 
@@ -142,7 +146,7 @@ class ATSSDetector(nn.Module):
                     "batch has no 'instances'. Use a DatasetMapper with is_train=True."
                 )
             check_gt_instances(inputs["instances"], num_classes, inputs.get("image_id", i))
-        return [inputs["instances"].to(self.device) for inputs in batched_inputs]
+        return [instances_to_device(inputs["instances"], self.device) for inputs in batched_inputs]
 
     @staticmethod
     def _postprocess(

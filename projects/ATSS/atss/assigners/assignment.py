@@ -13,13 +13,12 @@ from torch import Tensor
 
 from detectron2.structures import Boxes
 
-from ..fused import is_compiling
+from ..transfer import host_constant
 
 __all__ = [
     "Assignment",
     "Claims",
     "concatenate_boxes",
-    "host_constant",
     "resolve_claims",
     "sortable",
 ]
@@ -152,25 +151,3 @@ def concatenate_boxes(gt_boxes: Sequence[Boxes], device: torch.device) -> Tensor
     """
     boxes = [boxes.tensor.to(device, torch.float32) for boxes in gt_boxes]
     return torch.cat(boxes) if boxes else torch.zeros((0, 4), device=device)
-
-
-def host_constant(
-    values: Sequence, device: torch.device, dtype: torch.dtype = torch.int64
-) -> Tensor:
-    """Numbers the host knows, on the device, without waiting for the GPU.
-
-    `torch.tensor(values, device="cuda")` copies from pageable memory and so waits for all queued
-    work; a copy from pinned memory does not.
-
-    Args:
-        values: (nested) sequence of numbers.
-        device: where the result lives.
-        dtype: its type.
-
-    Returns:
-        Tensor of the shape of `values`.
-    """
-    constant = torch.tensor(values, dtype=dtype, device="cpu")
-    if device.type == "cuda" and not is_compiling():
-        return constant.pin_memory().to(device, non_blocking=True)
-    return constant.to(device)

@@ -15,7 +15,7 @@ from detectron2.structures import Boxes
 
 from ..anchors import AnchorGrid
 from ..geometry import box_centers, center_distances
-from .assignment import host_constant
+from ..transfer import host_constant
 
 __all__ = ["Candidates", "nearest_anchors", "nearest_on_lattice"]
 
