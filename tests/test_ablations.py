@@ -11,6 +11,7 @@ import torch
 from ablation_differences import OUTPUT_DIR, difference, faults, flatten, showing
 from ablation_rows import CONFIGS, find_rows, load_parent, load_row, select_rows
 from atss import model_zoo
+from atss.assigners.ssc import FCOS_SIZE_RANGES
 from atss.lazy_training import evaluate_lazy
 from conftest import REPO, make_input
 from test_configs import TWINS, authors_names, golden_recipe, group_summary
@@ -62,6 +63,101 @@ def test_every_row_of_the_tables_is_there_with_the_published_ap():
 @pytest.mark.parametrize("row", CHILDREN, ids=short)
 def test_row_differs_from_its_parent_in_exactly_the_declared_way(row):
     assert faults(row, difference(shared_config(row.parent), shared_config(row.name))) == []
+
+
+# What the paper's tables say of each row, by the two zero points and what they change.
+BASE = dict(
+    assigner="IoUAssigner", thresholds=(0.4, 0.5), center_in_gt=False, norm="", centerness=False,
+    level_scales=False, box_loss="smooth_l1", box_loss_weight=0.25, transform="Box2BoxTransform",
+    bbox_bias=0.0, scale=8, scales_per_octave=1, aspect_ratios=(1.0,), num_anchors=1,
+)  # fmt: skip
+NORM = {**BASE, "norm": "GN"}
+GIOU = {**NORM, "box_loss": "giou", "box_loss_weight": 2.0}
+IN_GT = {**GIOU, "center_in_gt": True}
+CENTERNESS = {**IN_GT, "centerness": True}
+IMPROVED = {**CENTERNESS, "level_scales": True}
+POINT = dict(transform="PointToBoxTransform", bbox_bias=4.0)
+SSC = {k: v for k, v in IMPROVED.items() if k not in ("thresholds", "center_in_gt")}
+SSC = {**SSC, "assigner": "SSCAssigner", "radius": None, "size_ranges": FCOS_SIZE_RANGES}
+FULL = {k: v for k, v in IMPROVED.items() if k != "thresholds"}
+FULL = {**FULL, "assigner": "ATSSAssigner", "topk": 9}
+NINE = dict(scales_per_octave=3, aspect_ratios=(0.5, 1.0, 2.0), num_anchors=9)
+METHODS = {
+    "improvements/retinanet_a1": BASE,
+    "improvements/group_norm": NORM,
+    "improvements/giou": GIOU,
+    "improvements/in_gt_box": IN_GT,
+    "improvements/centerness": CENTERNESS,
+    "improvements/level_scales": IMPROVED,
+    "improvements/fcos": {**SSC, **POINT},
+    "boxes_or_points/iou_box": IMPROVED,
+    "boxes_or_points/iou_point": {**IMPROVED, **POINT},
+    "boxes_or_points/ssc_box": SSC,
+    "boxes_or_points/ssc_point": {**SSC, **POINT},
+    "sample_selection/retinanet_a1": IMPROVED,
+    "sample_selection/retinanet_a1_atss": FULL,
+    "sample_selection/fcos": {**SSC, **POINT},
+    "sample_selection/fcos_center_sampling": {**SSC, **POINT, "radius": 1.5},
+    "sample_selection/fcos_atss": {**FULL, **POINT},
+    **{f"topk/k{k}": {**FULL, "topk": k} for k in range(3, 20, 2)},
+    **{f"anchor_scale/scale{s}": {**FULL, "scale": s} for s in range(5, 10)},
+    **{
+        f"anchor_ratio/ratio{height}to{width}": {**FULL, "aspect_ratios": (height / width,)}
+        for height, width in ((1, 4), (1, 2), (1, 1), (2, 1), (4, 1))
+    },
+    "anchors_per_location/retinanet_a9": {**BASE, **NINE, "scale": 4},
+    "anchors_per_location/retinanet_a9_improved": {**IMPROVED, **NINE, "scale": 4},
+    "anchors_per_location/atss_3_scales_3_ratios": {**FULL, **NINE},
+    "anchors_per_location/atss_3_scales": {
+        **FULL, **NINE, "aspect_ratios": (1.0,), "num_anchors": 3
+    },
+    "anchors_per_location/atss_3_ratios": {
+        **FULL, **NINE, "scales_per_octave": 1, "num_anchors": 3
+    },
+    "anchors_per_location/atss_1_scale_1_ratio": FULL,
+}  # fmt: skip
+
+
+def method_of(cfg):
+    """The four axes of a config, under the names of `METHODS`."""
+    flat = flatten(cfg, resolve=True)
+
+    def kind(part):
+        return flat[f"model.{part}._target_"].rsplit(".", 1)[1]
+
+    places = {
+        "assigner": ("thresholds", "center_in_gt", "topk", "size_ranges"),
+        "head": ("norm", "centerness", "level_scales", "bbox_bias", "num_anchors"),
+        "loss": ("box_loss", "box_loss_weight"),
+        "anchor_generator.sizes": ("scale", "scales_per_octave"),
+        "anchor_generator": ("aspect_ratios",),
+    }
+    found = {"assigner": kind("assigner"), "transform": kind("box2box_transform")}
+    for part, names in places.items():
+        found.update({n: flat[f"model.{part}.{n}"] for n in names if f"model.{part}.{n}" in flat})
+    if "model.assigner.center_sampling_radius" in flat:
+        found["radius"] = flat["model.assigner.center_sampling_radius"]
+    return found
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_row_is_the_method_of_the_papers_table(name):
+    cfg = shared_config(f"ablations/{name}")
+    assert method_of(cfg) == METHODS[name]
+    flat = flatten(cfg, resolve=True)
+    # What holds in every row: who reads a value twice reads the same.
+    for part, reader in (("head", "num_classes"), ("loss", "num_classes"), ("loss", "centerness")):
+        source = "head.centerness" if reader == "centerness" else reader
+        assert flat[f"model.{part}.{reader}"] == flat[f"model.{source}"]
+    if METHODS[name]["transform"] == "PointToBoxTransform":
+        scale = METHODS[name]["scale"]  # so that deltas are in units of the stride
+        assert flat["model.box2box_transform.anchor_scale"] == scale
+        assert flat["model.loss.box2box_transform.anchor_scale"] == scale
+
+
+def test_every_row_but_the_models_of_table_8_has_its_method_checked():
+    names = {row.name for row in ROWS if row.table.startswith("Table") and row.table != "Table 8"}
+    assert names == {f"ablations/{name}" for name in METHODS}
 
 
 def test_parent_that_took_over_a_rows_difference_is_a_fault():

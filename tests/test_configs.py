@@ -80,6 +80,8 @@ def test_yaml_and_python_twins_build_the_same_training(name):
         {key: value.shape for key, value in model.state_dict().items()} for model in (lazy, yaml)
     ]
     assert shapes[0] == shapes[1]
+    # Strides, groups and the like, which parameters do not show.
+    assert str(lazy) == str(yaml)
     frozen = [{n for n, p in m.named_parameters() if not p.requires_grad} for m in (lazy, yaml)]
     assert frozen[0] == frozen[1]
     for part in ("assigner", "box2box_transform", "loss"):
@@ -110,7 +112,10 @@ def test_yaml_and_python_twins_build_the_same_training(name):
     assert max_iter == yaml_cfg.SOLVER.MAX_ITER
     mine = instantiate(lazy_cfg.lr_multiplier)
     other = Trainer.build_lr_scheduler(yaml_cfg, yaml_optimizer)._multiplier
-    for step in {0, 1, 49, 50, 499, 500, 501, max_iter // 2, max_iter - 1}:
+    steps = {0, 1, 49, 50, 499, 500, 501, max_iter // 2, max_iter - 1}
+    for milestone in (60000, 80000, 120000, 160000):
+        steps |= {milestone - 1, milestone}
+    for step in steps:
         if step < max_iter:
             assert mine(step / max_iter) == pytest.approx(other(step / max_iter), rel=1e-6), step
 

@@ -213,6 +213,31 @@ def test_compiled_model_code_gives_the_same_value_and_gradient(ignored):
         torch.testing.assert_close(found, gradient, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("gamma", [0.5, 1.0, 2.0])
+def test_form_for_compilers_has_the_right_gradient_everywhere(gamma):
+    x = torch.tensor([-300.0, -60.0, -3.0, 0.0, 3.0, 60.0, 300.0], requires_grad=True)
+    (found,) = torch.autograd.grad(module._negative_sum(x, None, None, 0.25, gamma), x)
+    taken = torch.empty(len(x))
+    module._negative_sum(x.detach(), None, taken, 0.25, gamma)
+    torch.testing.assert_close(found, taken, rtol=1e-5, atol=1e-7)
+    p = x.detach().double().sigmoid()
+    softplus = torch.nn.functional.softplus(x.detach().double())
+    expected = 0.75 * p**gamma * (gamma * (1 - p) * softplus + p)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("default", [torch.float64, torch.float32])
+def test_value_is_float32_whatever_the_default(default):
+    labels = make_labels()
+    logits = [level.detach() for level in make_logits()]
+    torch.set_default_dtype(default)
+    try:
+        value = loss_of(logits, labels)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert value.dtype == torch.float32
+
+
 @pytest.mark.parametrize("form", ["dense", "ignored"])
 def test_the_form_for_the_gpu_agrees_with_the_one_for_the_cpu(monkeypatch, form):
     labels = make_labels(3, ignored=form == "ignored")

@@ -1,5 +1,7 @@
 """Focal, GIoU and centerness losses: values, gradients, normalisation, edges."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -192,6 +194,44 @@ def test_sparse_claims_and_dense_labels_give_the_same_losses(box_loss, with_cent
         torch.testing.assert_close(both[0][0][name], both[1][0][name])
     for first, second in zip(both[0][1], both[1][1]):
         torch.testing.assert_close(first, second)
+
+
+@pytest.mark.parametrize("num_classes", [1, 4])
+def test_sparse_and_dense_assignments_make_the_same_targets(num_classes):
+    grid = make_grid(96, 96)
+    batch = [random_boxes(5, 96, 96), torch.zeros(0, 4), random_boxes(3, 96, 96)]
+    instances = [make_instances(b, torch.randint(num_classes, (len(b),))) for b in batch]
+    sparse = label_anchors(ATSSAssigner(), grid, instances, num_classes)
+
+    def forget_claims(anchors, gt_boxes):
+        return dataclasses.replace(ATSSAssigner()(anchors, gt_boxes), claims=None)
+
+    dense = label_anchors(forget_claims, grid, instances, num_classes)
+    assert sparse.claims is not None and dense.claims is None
+    assert torch.equal(sparse.labels, dense.labels)
+    is_positive = sparse.labels < num_classes
+    assert is_positive.sum() > 10
+    assert torch.equal(sparse.boxes[is_positive], dense.boxes[is_positive])
+
+
+def test_sums_are_divided_by_no_less_than_one_positive_and_the_sum_of_centerness():
+    grid = make_grid(64, 64, num_levels=1)
+    predictions = random_predictions(grid, 1, 2)
+    loss = DenseLoss(Box2BoxTransform(WEIGHTS), 2)
+    nothing = Targets(torch.full((1, 64), 2), torch.zeros(1, 64, 4))
+    expected = sum(focal_loss(x, False) for x in predictions.logits[0].flatten().tolist())
+    found = loss(predictions, grid, nothing)["loss_cls"].item()
+    assert found == pytest.approx(expected, rel=1e-4)
+
+    # One positive whose centre, (4, 4), lies near a corner of its object: centerness 1/1000.
+    labels = nothing.labels.clone()
+    labels[0, 0] = 1
+    box = torch.tensor([3.0, 3.0, 1004.0, 1004.0])
+    targets = Targets(labels, box.expand(1, 64, 4).clone())
+    anchor, delta = grid.boxes[0].tensor[:1], predictions.deltas[0][0, :, 0, 0].view(1, 4)
+    decoded = Box2BoxTransform(WEIGHTS).apply_deltas(delta, anchor)[0].tolist()
+    found = loss(predictions, grid, targets)["loss_box_reg"].item()
+    assert found == pytest.approx(2 * (1 - giou(decoded, box.tolist())), rel=1e-4)
 
 
 def test_ignored_anchors_have_no_influence():

@@ -113,6 +113,18 @@ def test_class_score_is_compared_before_centerness_multiplies_in():
     assert plain.scores.item() == pytest.approx(score, rel=1e-5)
 
 
+def test_score_just_above_the_threshold_is_a_candidate_and_one_just_below_is_none():
+    logit = torch.tensor(0.05).logit()
+    predictions = DensePredictions(
+        [torch.stack((logit + 1e-5, logit - 1e-5)).view(1, 1, 1, 2)],
+        [torch.zeros(1, 4, 1, 2)],
+        None,
+    )
+    anchors = [Boxes(torch.tensor([[0.0, 0, 8, 8], [8, 8, 16, 16]]))]
+    (found,) = select_candidates(predictions, anchors, [(16, 16)], DECODE)
+    assert found.boxes.tolist() == [[0.0, 0.0, 8.0, 8.0]]
+
+
 @pytest.mark.parametrize("num_cells", [1, 3])
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 def test_fast_and_traceable_detections_are_the_same(num_cells, memory_format):

@@ -1,6 +1,7 @@
 """Table 6, row 4: aspect ratio 2:1. The paper's AP on minival: 39.3. Parent: ratio1to1.py.
 
-Between the lines: height to width, as in the release's generator; the area stays (8S)^2.
+Between the lines: height to width, as in the release's generator; the area stays (8S)^2, where the
+release rounds sides to whole pixels at the size of the stride.
 """
 
 from .ratio1to1 import dataloader, lr_multiplier, model, optimizer, train
