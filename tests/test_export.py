@@ -12,11 +12,8 @@ import torch
 from atss.anchors import GridAnchorGenerator, octave_sizes
 from atss.box_regression import PointToBoxTransform
 from atss.export import export_onnx, export_program, export_torchscript
-from atss.export_check import (
-    compare_with_eager,
-    load_exported,
-    match_detections,
-)
+from atss.export_check import compare_with_eager, load_exported
+from atss.export_matching import match_detections
 from atss.export_metadata import describe, write_metadata
 from atss.export_modules import detect_as_tensors
 from atss.export_samples import spread_scores, synthetic_image
@@ -309,10 +306,9 @@ def prepare(folder, model, file, **options):
 def assert_same_detections(found, wanted):
     assert len(wanted) > 0
     expected = (wanted.pred_boxes.tensor, wanted.scores, wanted.pred_classes)
-    names = ["boxes", "scores", "classes"]
-    tensors = [torch.as_tensor(found[name]) for name in names]
-    row = match_detections(wanted.image_size, expected, tensors, names)
-    assert row.passed, row
+    tensors = [torch.as_tensor(found[name]) for name in ("boxes", "scores", "classes")]
+    match = match_detections(expected, tensors)
+    assert match.num_unmatched == 0, match
 
 
 def test_torch_files_agree_and_run_as_documented_without_our_code(

@@ -2,13 +2,8 @@
 
 import pytest
 import torch
-from atss.export_check import (
-    CheckRow,
-    check_sizes,
-    compare_with_eager,
-    format_table,
-    match_detections,
-)
+from atss.export_check import CheckRow, check_sizes, compare_with_eager, format_table
+from atss.export_matching import Choice, match_detections
 from atss.export_metadata import class_names_of, describe, resize_rule
 from atss.export_modules import detect_as_tensors
 from atss.export_samples import spread_scores
@@ -16,62 +11,93 @@ from atss.model_zoo import get_config
 from atss.yaml_config import load_yaml_config
 from conftest import REPO, tiny_detector
 
-NAMES = ["boxes", "scores", "classes"]
-
 
 def detections(count=5):
-    generator = torch.Generator().manual_seed(0)
-    corners = torch.rand(count, 2, generator=generator) * 50
-    boxes = torch.cat((corners, corners + 20), dim=1)
+    """Boxes of 20 px that do not overlap, 30 px apart, with scores 0.9 to 0.1 and three classes."""
+    left = torch.arange(count) * 30.0
+    boxes = torch.stack((left, left, left + 20, left + 20), dim=1)
     return [boxes, torch.linspace(0.9, 0.1, count), torch.arange(count) % 3]
 
 
-def compare(expected, found, names=NAMES):
-    return match_detections((100, 100), expected, found, names)
+def with_row(tensors, row, **changes):
+    """The detections with other values in one row."""
+    tensors = [tensor.clone() for tensor in tensors]
+    for name, value in changes.items():
+        tensors[("boxes", "scores", "classes").index(name)][row] = value
+    return tensors
 
 
-def test_equal_detections_pass_in_any_order():
-    expected = detections()
+def joined(tensors, others):
+    return [torch.cat(parts) for parts in zip(tensors, others)]
+
+
+def test_equal_detections_match_in_any_order():
     order = torch.tensor([1, 0, 2, 4, 3])
-    assert compare(expected, [x[order] for x in expected]).passed
+    match = match_detections(detections(), [x[order] for x in detections()])
+    assert match == (0, 0, 0, 0)
 
 
-@pytest.mark.parametrize("field, change", [(0, 0.02), (1, 2e-4), (2, 1)])
-def test_box_score_or_class_that_differs_fails(field, change):
-    found = detections()
-    found[field] = found[field].clone()
-    found[field][2] += change
+@pytest.mark.parametrize(
+    "change",
+    [
+        dict(boxes=torch.tensor([60.02, 60, 80, 80])),
+        dict(scores=0.5 + 2e-4),
+        dict(classes=0),
+    ],
+)
+def test_box_score_or_class_that_differs_has_no_partner(change):
+    found = with_row(detections(), 2, **change)
+    assert match_detections(detections(), found).num_unmatched == 2  # one of each list
+    choice = Choice(detections(), 0.6, 100)
+    assert match_detections(detections(), found, choice).num_unmatched == 2
 
-    row = compare(detections(), found)
 
-    assert not row.passed and row.num_unmatched == 2  # one of each side
-
-
-def test_detection_that_lacks_or_repeats_fails():
+def test_detection_that_lacks_or_repeats_has_no_partner():
     expected = detections()
-    assert not compare(expected, [x[:-1] for x in expected]).passed
-    assert not compare(expected, [torch.cat((x, x[-1:])) for x in expected]).passed
-    assert not compare(expected, [x[:0] for x in expected]).passed
-    assert compare([x[:0] for x in expected], [x[:0] for x in expected]).passed
+    none = [x[:0] for x in expected]
+    assert match_detections(expected, [x[:-1] for x in expected]).num_unmatched == 1
+    assert match_detections(expected, joined(expected, [x[-1:] for x in expected]))[3] == 1
+    assert match_detections(expected, none).num_unmatched == 5
+    assert match_detections(none, expected).num_unmatched == 5
+    assert match_detections(none, none) == (0, 0, 0, 0)
 
 
-def test_another_choice_among_candidates_of_equal_score_is_a_tie():
-    expected, found = detections(), detections()
-    found[0] = found[0].clone()
-    found[0][4] += 30  # another box, the same score
-    candidates = [torch.cat((a, b[4:])) for a, b in zip(expected, found)]
+def test_of_two_equal_boxes_either_may_suppress_the_other():
+    # 18 of 22 px shared: IoU 0.82.
+    expected = detections()
+    found = with_row(expected, 2, boxes=torch.tensor([62.0, 60, 82, 80]), scores=0.5 - 1e-6)
+    choice = Choice(joined(expected, [x[2:3] for x in found]), 0.6, 100)
 
-    row = match_detections((100, 100), expected, found, NAMES, candidates)
+    assert match_detections(expected, found, choice)[2:] == (1, 0)
+    # If the model never had that box, or its score is worse, it is a mistake.
+    assert match_detections(expected, found, choice._replace(candidates=expected))[3] > 0
+    worse = with_row(found, 2, scores=0.45)
+    choice = Choice(joined(expected, [x[2:3] for x in worse]), 0.6, 100)
+    assert match_detections(expected, worse, choice).num_unmatched > 0
 
-    assert row.passed and row.num_ties == 1
-    assert not match_detections((100, 100), expected, found, NAMES, expected).passed
+
+def test_what_the_loser_of_a_tie_had_suppressed_may_come_back():
+    winner = with_row(detections(1), 0, boxes=torch.tensor([0.0, 0, 20, 20]))
+    loser = with_row(winner, 0, boxes=torch.tensor([4.0, 0, 24, 20]))  # IoU 16/24 = 0.67
+    third = with_row(winner, 0, boxes=torch.tensor([-4.0, 0, 16, 20]), scores=0.3)  # 12/28 with it
+    candidates = joined(joined(winner, loser), third)
+
+    match = match_detections(winner, joined(loser, third), Choice(candidates, 0.6, 100))
+
+    assert match.num_unmatched == 0 and match.num_ties == 2
+    # Without a tie there is no reason for the third to be there.
+    match = match_detections(winner, joined(winner, third), Choice(candidates, 0.6, 100))
+    assert match.num_unmatched == 1
 
 
-def test_detection_of_another_image_is_no_partner():
-    expected = [*detections(), torch.tensor([0, 0, 0, 1, 1])]
-    found = [*detections(), torch.tensor([0, 0, 1, 1, 1])]
+def test_last_place_may_go_to_either_of_two_equal_scores():
+    expected = detections()
+    other = with_row([x[4:] for x in expected], 0, boxes=torch.tensor([300.0, 0, 320, 20]))
+    found = joined([x[:4] for x in expected], other)
+    candidates = joined(expected, other)
 
-    assert match_detections((9, 9), expected, found, [*NAMES, "image_idxs"]).num_unmatched == 2
+    assert match_detections(expected, found, Choice(candidates, 0.6, 5))[2:] == (1, 0)
+    assert match_detections(expected, found, Choice(candidates, 0.6, 6)).num_unmatched == 2
 
 
 def test_every_box_a_little_off_is_noticed_though_all_scores_agree():
