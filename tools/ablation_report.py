@@ -17,6 +17,7 @@ _METRICS = ("AP50", "AP75", "APs", "APm", "APl")
 READING = "## Reading"
 # Two rows of the paper that are no further apart count as equal: it has one figure for each.
 EQUAL_AP = 0.2
+CLOSE = f"within {EQUAL_AP} in the paper"
 
 
 def markdown(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
@@ -69,7 +70,7 @@ def orderings(rows: Sequence[Row], results: Results) -> List[Tuple[str, str, str
         signs = {(difference > 0) - (difference < 0) for difference in differences}
         sign = 1 if expected > 0 else -1
         if abs(expected) <= EQUAL_AP + 1e-6:
-            verdict = "equal in the paper"
+            verdict = CLOSE
         elif signs == {sign}:
             verdict = "holds"
         else:
@@ -137,7 +138,7 @@ def write_report(rows: Sequence[Row], results: Results, file: Path, command: str
             ("holds", "hold with every seed"),
             ("is reversed", "are reversed with every seed"),
             ("not clear", "are not clear (seeds disagree)"),
-            ("equal in the paper", "are within 0.2 AP in the paper"),
+            (CLOSE, f"are within {EQUAL_AP} AP in the paper"),
         )
     ]
     what = (

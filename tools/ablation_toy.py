@@ -48,6 +48,9 @@ SIZES = {
 
 
 _TRAIN_KEYS = ("train.max_iter", "train.amp.enabled", "train.amp.precision")
+_WITHOUT_EFFECT = tuple(
+    f"train.{name}" for name in ("output_dir", "eval_period", "log_period", "checkpointer")
+)
 
 
 @dataclass(frozen=True)
@@ -98,8 +101,16 @@ def toy_config(row: Row, settings: Settings) -> DictConfig:
 def fingerprint(cfg: DictConfig) -> str:
     """Equal for configs that train the same model in the same way, whatever rows they come from."""
     flat = flatten(cfg, resolve=True, defaults=False)
-    # Of `train` only what results depend on: folders, periods and the like may change.
-    flat = {k: v for k, v in flat.items() if not k.startswith("train.") or k in _TRAIN_KEYS}
+    usual = flatten(load_lazy_config(config_file("toy/atss_toy")), resolve=True, defaults=False)
+
+    def counts(key: str) -> bool:
+        # Of `train`, folders, periods and the like may change, and entries may come and go; others
+        # count where they are not as usual.
+        if not key.startswith("train.") or key in _TRAIN_KEYS:
+            return True
+        return not key.startswith(_WITHOUT_EFFECT) and flat[key] != usual.get(key)
+
+    flat = {key: value for key, value in flat.items() if counts(key)}
     content = json.dumps(flat, sort_keys=True, default=str)
     return hashlib.sha256(content.encode()).hexdigest()[:10]
 

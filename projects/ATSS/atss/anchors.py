@@ -201,9 +201,8 @@ class GridAnchorGenerator(DefaultAnchorGenerator):
             raise ValueError(f"anchor_generator.offset must be in [0, 1), got {offset}.")
         try:
             super().__init__(*args, **kwargs)
-        except (
-            AssertionError
-        ) as error:  # Detectron2's way to refuse an empty list or a wrong length
+        except AssertionError as error:
+            # Detectron2's way to refuse an empty list or a wrong length.
             raise ValueError(
                 f"{error} Give model.anchor_generator (MODEL.ANCHOR_GENERATOR) one list of sizes "
                 "and one of aspect ratios for all levels, or one per level."
