@@ -153,7 +153,7 @@ def test_equal_methods_share_a_run_and_different_ones_do_not():
     "override, is_same",
     [
         ("train.init_checkpoint=weights.pth", False),
-        ("train.channels_last=True", False),
+        ("train.compile=True", False),
         ("optimizer.lr=0.5", False),
         ("train.output_dir=elsewhere", True),
         ("train.log_period=7", True),
