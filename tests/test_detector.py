@@ -277,3 +277,9 @@ def test_loss_and_detector_may_share_a_transform_of_any_axis():
         assert isinstance(model.proposal_generator.loss, DenseLoss)
         losses = model([make_input(boxes=BOXES, classes=[0, 2])])
         assert losses["loss_box_reg"] > 0
+
+
+def test_points_and_anchors_of_different_scale_are_refused():
+    transform = PointToBoxTransform(anchor_scale=5.0)
+    with pytest.raises(ValueError, match="anchor_scale is 5.*8 strides large.*ANCHOR_SCALE"):
+        tiny_detector(box2box_transform=transform, head=dict(bbox_bias=4.0))

@@ -15,6 +15,7 @@ from .anchors import AnchorGrid, GridAnchorGenerator
 from .assigners import Assignment
 from .box_regression import Box2BoxTransform, PointToBoxTransform
 from .build import build_parts
+from .geometry import box_areas
 from .head import DensePredictions
 from .losses import DenseLoss
 from .postprocessing import detect
@@ -212,6 +213,17 @@ def _check_parts(head, anchor_generator, box2box_transform, loss, num_classes, i
             f"num_anchors={num_anchors}: they share one center. Give model.anchor_generator one "
             "size and one ratio, or use Box2BoxTransform."
         )
+    if isinstance(box2box_transform, PointToBoxTransform):
+        cells = [cell for cell in anchor_generator.cell_anchors if not cell.is_meta]
+        for cell, stride in zip(cells, anchor_generator.strides):
+            scale = float(box_areas(cell)) ** 0.5 / stride
+            if abs(scale - box2box_transform.anchor_scale) > 1e-3 * scale:
+                raise ValueError(
+                    "PointToBoxTransform counts in strides by way of the anchors' size: its "
+                    f"anchor_scale is {box2box_transform.anchor_scale:g}, but anchors at stride "
+                    f"{stride} are {scale:g} strides large. Make model.box2box_transform."
+                    "anchor_scale (MODEL.ATSS.BOX2BOX_TRANSFORM.ANCHOR_SCALE) equal to it."
+                )
     facts = (
         ("head.num_anchors", getattr(head, "num_anchors", num_anchors), num_anchors,
          "anchors per location of anchor_generator"),
