@@ -79,6 +79,19 @@ def test_eval_only_prepares_and_augments_as_the_config_says(tool, data, tmp_path
     assert seen[0].is_prepared_for_inference
 
 
+def test_yaml_keys_prepare_the_model_that_is_evaluated(tmp_path, monkeypatch):
+    overrides = ["OUTPUT_DIR", str(tmp_path), "TEST.PREPARE.ENABLED", "True",
+                 "TEST.PREPARE.PRECISION", "bfloat16", "MODEL.DEVICE", "cpu"]  # fmt: skip
+    cfg = load_yaml_config(str(REPO / "configs/toy/atss_toy.yaml"), overrides)
+    model = trainer.Trainer.build_model(cfg)
+    checkpointer.ATSSCheckpointer(model, str(tmp_path)).save("model_final")
+    seen = []
+    monkeypatch.setattr(trainer.Trainer, "test", lambda cfg, model: seen.append(model) or {})
+    trainer.Trainer.evaluate_checkpoint(cfg, resume=True)
+    assert seen[0].is_prepared_for_inference
+    assert seen[0].backbone.bottom_up.stem.conv1.weight.dtype == torch.bfloat16
+
+
 def test_device_of_the_config_decides_how_workers_talk(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
