@@ -42,7 +42,7 @@ class FusedConv2d(Conv2d):
 
         Args:
             x: (N, in_channels, H, W).
-            onto: (N, out_channels, Ho, Wo), if given; the result is added to it, in place.
+            onto: (N, out_channels, Ho, Wo) added to the result, if given; may be overwritten by it.
             relu: apply a ReLU last.
 
         Returns:
