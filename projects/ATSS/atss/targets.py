@@ -80,18 +80,16 @@ def _sparse_targets(
     num_images, num_anchors = assignment.matched_idxs.shape
     device = assignment.matched_idxs.device
     last = num_images * num_anchors
-    places = claims.image_idxs.unsqueeze(1) * num_anchors + claims.anchor_idxs  # (M, C)
     # Candidates that are not positive write to an element behind the last, which is then dropped.
-    places = torch.where(claims.is_won, places, last).view(-1)
     gt_boxes = concatenate_boxes([x.gt_boxes for x in gt_instances], device)  # (M, 4)
     boxes = torch.empty((last + 1, 4), device=device)
-    boxes[places] = gt_boxes.unsqueeze(1).expand(*claims.anchor_idxs.shape, 4).reshape(-1, 4)
+    boxes[claims.places] = gt_boxes.unsqueeze(1)
     labels = torch.full((last + 1,), num_classes, device=device)
     if num_classes == 1 or len(gt_boxes) == 0:
-        labels.index_fill_(0, places, 0)
+        labels.index_fill_(0, claims.places.view(-1), 0)
     else:
         gt_classes = torch.cat([x.gt_classes for x in gt_instances])  # (M,)
-        labels[places] = gt_classes.unsqueeze(1).expand_as(claims.anchor_idxs).reshape(-1)
+        labels[claims.places] = gt_classes.unsqueeze(1)
     return Targets(
         labels[:last].view(num_images, num_anchors),
         boxes[:last].view(num_images, num_anchors, 4),

@@ -36,11 +36,14 @@ class Claims:
         anchor_idxs: (M, C) int64 candidate anchors, indices into the R anchors of the image.
         is_won: (M, C) bool, whether that anchor is a positive of that object. Every positive of the
             batch appears exactly once.
+        places: (M, C) int64, where in the flattened (N * R,) the won ones lie; N * R, one behind
+            the last, for the others.
     """
 
     image_idxs: Tensor
     anchor_idxs: Tensor
     is_won: Tensor
+    places: Tensor
 
     def objects_without_positives(self) -> Tensor:
         """Number of objects that no anchor learns, a 0-dim int64 tensor (no wait for the GPU)."""
@@ -103,24 +106,23 @@ def resolve_claims(
     nobody = torch.iinfo(torch.int64).min
     keys = torch.where(is_claimed, keys, nobody)
 
-    flat_idxs = (image_idxs.unsqueeze(1) * num_anchors + anchor_idxs).flatten()
+    flat_idxs = image_idxs.unsqueeze(1) * num_anchors + anchor_idxs  # (M, C)
     last = num_images * num_anchors
     best = torch.full((last + 1,), nobody, device=device, dtype=torch.int64)
-    best.scatter_reduce_(0, flat_idxs, keys.flatten(), reduce="amax")
-
-    is_won = is_claimed & (best[flat_idxs].view_as(keys) == keys)
+    best.scatter_reduce_(0, flat_idxs.view(-1), keys.view(-1), reduce="amax")
+    is_won = is_claimed & (best[flat_idxs] == keys)
 
     # Few anchors are won: only those are visited. Claims that lost write to an element behind the
     # last, which is then dropped.
-    places = torch.where(is_won.flatten(), flat_idxs, last)
+    places = torch.where(is_won, flat_idxs, last)
     matched_idxs = best.zero_()  # its memory is at hand
-    matched_idxs[places] = object_idxs.unsqueeze(1).expand_as(keys).flatten()
+    matched_idxs[places] = object_idxs.unsqueeze(1)
     match_labels = torch.zeros(last + 1, device=device, dtype=torch.int8)
-    match_labels.index_fill_(0, places, 1)
+    match_labels.index_fill_(0, places.view(-1), 1)
     return Assignment(
         matched_idxs=matched_idxs[:last].view(num_images, num_anchors),
         match_labels=match_labels[:last].view(num_images, num_anchors),
-        claims=Claims(image_idxs, anchor_idxs, is_won),
+        claims=Claims(image_idxs, anchor_idxs, is_won, places),
     )
 
 

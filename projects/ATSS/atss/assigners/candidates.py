@@ -53,7 +53,7 @@ def nearest_on_lattice(anchors: AnchorGrid, centers: Tensor, topk: int) -> Candi
     first_anchors = itertools.accumulate([0] + anchors.num_anchors_per_level[:-1])
     steps_of_index = ([1] * len(widths), widths)  # from a column, a row to the next
     table = host_constant([widths, heights, *steps_of_index, list(first_anchors)], device)
-    size, pitch = table[:2], table[2:4]  # (2, L): axis x, y before levels from here on
+    size, pitch = table[:2].unsqueeze(2), table[2:4].unsqueeze(2)  # (2, L, 1): axis before level
     stride = host_constant(anchors.strides, device, torch.float32)  # (L,)
     reach = (topk + 2) // 2  # the k + 1 nearest columns lie within so many of the nearest one
     span = torch.arange(2 * reach + 1, device=device)
@@ -61,17 +61,17 @@ def nearest_on_lattice(anchors: AnchorGrid, centers: Tensor, topk: int) -> Candi
     points = centers.unsqueeze(-1)  # (M, 2, 1)
     # Equally near columns: the smaller one, hence ceil(u - 1/2) and not round(u).
     nearest = torch.ceil(points / stride - anchors.offset - 0.5).to(torch.int64)
-    first = torch.minimum(nearest - reach, size - len(span)).clamp(min=0)
-    places = first.unsqueeze(-1) + span  # (M, 2, L, S) columns, rows
+    first = torch.minimum(nearest.unsqueeze(-1) - reach, size - len(span)).clamp(min=0)
+    places = first + span  # (M, 2, L, S) columns, rows
     steps = (places + anchors.offset) * stride.unsqueeze(-1) - points.unsqueeze(-1)
-    steps = steps.masked_fill(places >= size.unsqueeze(-1), float("inf"))
+    steps = steps.masked_fill(places >= size, float("inf"))
     order = steps.abs().sort(dim=-1, stable=True).indices
     places, steps = places.gather(-1, order), steps.gather(-1, order)  # nearest first
 
     # Of the two axes, the parts that a location adds up: squared distances, and flat indices
     # (row-major within the level; int32, which halves the memory).
     squares = steps * steps
-    terms = (places * pitch.unsqueeze(-1)).int()
+    terms = (places * pitch).int()
     column_ranks, row_ranks = host_constant(_window_ranks(topk), device)  # (T,) each
     distances = squares[:, 0, :, column_ranks]  # (M, L, T), in place: these are the large ones
     distances += squares[:, 1, :, row_ranks]
@@ -84,22 +84,28 @@ def nearest_on_lattice(anchors: AnchorGrid, centers: Tensor, topk: int) -> Candi
     keys += terms[:, 1, :, row_ranks]
     keys = keys.topk(min(topk, keys.shape[-1]), dim=-1, largest=False).values  # (M, L, k)
 
-    # A level of fewer than k locations fills up with those; how many is known on the host.
-    counts = [min(topk, height * width) for height, width in anchors.grid_sizes]
-    keys = torch.cat([keys[:, i, :n] for i, n in enumerate(counts)], dim=1)
     locations = keys & 0xFFFFFFFF
-    level = host_constant([i for i, n in enumerate(counts) for _ in range(n)], device)  # (C / A,)
-    width = size[0][level]
-    rows = torch.div(locations, width, rounding_mode="floor")  # (M, C / A)
-    points = torch.stack((locations - rows * width, rows), dim=-1)
-    points = (points + anchors.offset) * stride[level].unsqueeze(-1)  # (M, C / A, 2)
+    width, first_anchor = table[0].unsqueeze(1), table[4].unsqueeze(1)  # (L, 1)
+    rows = torch.div(locations, width, rounding_mode="floor")
+    points = torch.stack((locations - rows * width, rows), dim=-1)  # (M, L, k, 2)
+    points = (points + anchors.offset) * stride.view(-1, 1, 1)
 
-    cells = torch.stack(anchors.cell_anchors)[level]  # (C / A, A, 4)
-    boxes = torch.cat((points, points), dim=-1).unsqueeze(2) + cells  # (M, C / A, A, 4)
+    cells = torch.stack(anchors.cell_anchors).unsqueeze(1)  # (L, 1, A, 4)
+    boxes = torch.cat((points, points), dim=-1).unsqueeze(3) + cells  # (M, L, k, A, 4)
     num_cells = anchors.num_cell_anchors
-    anchor_idxs = table[4][level] + locations * num_cells
-    anchor_idxs = anchor_idxs.unsqueeze(-1) + torch.arange(num_cells, device=device)
-    return Candidates(anchor_idxs.flatten(1), boxes.flatten(1, 2))
+    anchor_idxs = (first_anchor + locations * num_cells).unsqueeze(3)
+    if num_cells > 1:
+        anchor_idxs = anchor_idxs + torch.arange(num_cells, device=device)  # (M, L, k, A)
+
+    # A level of fewer than k locations was filled up; how many it has is known on the host.
+    counts = [min(topk, height * width) for height, width in anchors.grid_sizes]
+    if min(counts) == keys.shape[2]:
+        return Candidates(anchor_idxs.flatten(1), boxes.flatten(1, 3))
+    anchor_idxs, boxes = (
+        torch.cat([part[:, i, :n].flatten(1, 2) for i, n in enumerate(counts)], dim=1)
+        for part in (anchor_idxs, boxes)
+    )
+    return Candidates(anchor_idxs, boxes)
 
 
 def nearest_anchors(anchors: Sequence[Boxes], centers: Tensor, topk: int) -> Candidates:
