@@ -71,7 +71,12 @@ def centers_inside(centers: Tensor, boxes: Tensor, margin: float = 0.0) -> Tenso
     Returns:
         (...) bool.
     """
-    return ltrb_distances(centers, boxes).amin(dim=-1) > margin
+    # By coordinate: reductions and slices over an axis of 2 or 4 are slow for many points.
+    x, y = centers.unbind(dim=-1)
+    left, top, right, bottom = boxes.unbind(dim=-1)
+    horizontal = torch.minimum(x - left, right - x)
+    vertical = torch.minimum(y - top, bottom - y)
+    return torch.minimum(horizontal, vertical) > margin
 
 
 def center_distances(centers: Tensor, other_centers: Tensor) -> Tensor:
@@ -100,10 +105,13 @@ def elementwise_iou(boxes: Tensor, other_boxes: Tensor) -> Tensor:
     Returns:
         (...) IoU in [0, 1]; 0 where the boxes do not overlap, also for boxes without area.
     """
-    top_left = torch.maximum(boxes[..., :2], other_boxes[..., :2])
-    bottom_right = torch.minimum(boxes[..., 2:], other_boxes[..., 2:])
-    width, height = (bottom_right - top_left).clamp(min=0).unbind(dim=-1)
-    intersection = width * height
-    union = box_areas(boxes) + box_areas(other_boxes) - intersection
+    left, top, right, bottom = boxes.unbind(dim=-1)
+    other_left, other_top, other_right, other_bottom = other_boxes.unbind(dim=-1)
+    width = torch.minimum(right, other_right) - torch.maximum(left, other_left)
+    height = torch.minimum(bottom, other_bottom) - torch.maximum(top, other_top)
+    intersection = width.clamp_(min=0) * height.clamp_(min=0)
+    areas = (right - left) * (bottom - top)
+    other_areas = (other_right - other_left) * (other_bottom - other_top)
+    union = areas + other_areas - intersection
     # As in Detectron2's pairwise_iou, 0/0 must be 0: it would poison the mean of its object.
     return intersection / union.clamp(min=torch.finfo(union.dtype).tiny)

@@ -69,20 +69,22 @@ def nearest_on_lattice(anchors: AnchorGrid, centers: Tensor, topk: int) -> Candi
     places, steps = places.gather(-1, order), steps.gather(-1, order)  # nearest first
 
     # Of the two axes, the parts that a location adds up: squared distances, and flat indices
-    # (row-major within the level; int32, which halves the memory).
-    squares = steps * steps
-    terms = (places * pitch).int()
+    # (row-major within the level; int32, which halves the memory). Ranks come first, so that
+    # selecting them copies whole blocks.
+    squares = (steps * steps).permute(1, 3, 0, 2).contiguous()  # (2, S, M, L)
+    terms = (places * pitch).int().permute(1, 3, 0, 2).contiguous()
     column_ranks, row_ranks = host_constant(_window_ranks(topk), device)  # (T,) each
-    distances = squares[:, 0, :, column_ranks]  # (M, L, T), in place: these are the large ones
-    distances += squares[:, 1, :, row_ranks]
+    distances = squares[0].index_select(0, column_ranks)  # (T, M, L), in place: these are large
+    distances += squares[1].index_select(0, row_ranks)
     # Bits of non-negative floats sort as the floats do; the location behind them breaks ties.
     # Locations that do not exist are infinitely far, so they come last.
     keys = distances.view(torch.int32).to(torch.int64)
     del distances
     keys <<= 32
-    keys += terms[:, 0, :, column_ranks]
-    keys += terms[:, 1, :, row_ranks]
-    keys = keys.topk(min(topk, keys.shape[-1]), dim=-1, largest=False).values  # (M, L, k)
+    keys += terms[0].index_select(0, column_ranks)
+    keys += terms[1].index_select(0, row_ranks)
+    keys = keys.permute(1, 2, 0)  # (M, L, T)
+    keys = keys.topk(min(topk, keys.shape[2]), dim=2, largest=False).values  # (M, L, k)
 
     locations = keys & 0xFFFFFFFF
     width, first_anchor = table[0].unsqueeze(1), table[4].unsqueeze(1)  # (L, 1)
