@@ -17,6 +17,8 @@ from torch.nn import functional as F
 from detectron2.layers import Conv2d
 from detectron2.modeling.backbone.resnet import BasicBlock, BottleneckBlock, ResNet
 
+from .fused import is_compiling
+
 __all__ = ["FusedBasicBlock", "FusedBottleneckBlock", "FusedConv2d", "fuse_convolutions"]
 
 
@@ -156,17 +158,12 @@ def fuse_convolutions(model: nn.Module) -> int:
 
 
 def _can_fuse(x: Tensor, weight: Tensor) -> bool:
-    if torch.jit.is_tracing() or torch.jit.is_scripting() or _is_compiling():
+    if torch.jit.is_tracing() or torch.jit.is_scripting() or is_compiling():
         return False
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
         return False
     is_known = x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16)
     return is_known and x.dtype == weight.dtype and x.numel() > 0
-
-
-def _is_compiling() -> bool:
-    compiler = getattr(torch, "compiler", None)  # torch < 2.1 has no is_compiling there
-    return hasattr(compiler, "is_compiling") and compiler.is_compiling()
 
 
 @cache
