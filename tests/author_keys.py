@@ -1,6 +1,6 @@
 """Names and shapes of the state dicts of the authors' release, from the rules they follow.
 
-Two of its ten configs are recorded in tests/data/golden/keys; those check the rules.
+Two of its ten configs are recorded in tests/golden/keys; those check the rules.
 """
 
 from typing import Dict, NamedTuple, Tuple

@@ -14,11 +14,11 @@ from atss.backbone import resnet_fpn
 from atss.box_regression import Box2BoxTransform
 from atss.detector import build_detector
 from atss.head import ATSSHead
-from atss.losses import DenseLoss
+from atss.losses.dense import DenseLoss
 
 from detectron2.structures import Boxes, Instances
 
-GOLDEN = Path(__file__).parent / "data" / "golden"
+GOLDEN = Path(__file__).parent / "golden"
 REPO = Path(__file__).parents[1]
 STRIDES = (8, 16, 32, 64, 128)
 

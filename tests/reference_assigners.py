@@ -16,7 +16,7 @@ import torch
 from detectron2.structures import Boxes
 
 Box = Tuple[float, float, float, float]
-GOLDEN = Path(__file__).parent / "data" / "golden"
+GOLDEN = Path(__file__).parent / "golden"
 
 
 class Layout(NamedTuple):

@@ -6,10 +6,10 @@ import pytest
 import torch
 from atss import model_zoo
 from atss.assigners import ATSSAssigner
-from atss.lazy_training import apply_overrides, load_lazy_config
 from atss.optimizer import get_optimizer_params
 from atss.trainer import Trainer
-from atss.yaml_config import load_yaml_config
+from atss.training.lazy_config import apply_overrides, load_lazy_config
+from atss.training.yaml_config import load_yaml_config
 from conftest import GOLDEN, REPO, STRIDES
 from torch import nn
 

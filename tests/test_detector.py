@@ -8,7 +8,7 @@ from atss import ATSS, ATSSDetector, add_atss_config
 from atss.anchors import GridAnchorGenerator, octave_sizes
 from atss.assigners import IoUAssigner
 from atss.box_regression import Box2BoxTransform, PointToBoxTransform
-from atss.losses import DenseLoss
+from atss.losses.dense import DenseLoss
 from conftest import STRIDES, make_input, tiny_detector
 
 from detectron2.config import get_cfg

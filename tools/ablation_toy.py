@@ -21,8 +21,8 @@ import torch
 from ablation_differences import flatten
 from ablation_rows import Row, find_rows, load_row, select_rows
 from atss.data import register_toy_shapes
-from atss.lazy_training import apply_overrides, load_lazy_config, train_lazy
 from atss.model_zoo import config_file
+from atss.training.lazy_config import apply_overrides, load_lazy_config, train_lazy
 from omegaconf import DictConfig
 
 from detectron2.utils.env import seed_all_rng

@@ -8,7 +8,7 @@ from atss.box_regression import Box2BoxTransform
 from atss.head import DensePredictions
 from atss.layers import DeformConv2d
 from atss.losses import DenseLoss
-from atss.postprocessing import detect
+from atss.postprocessing.eager import detect
 from atss.targets import label_anchors
 from benchmark_peers import (
     anchor_generator,

@@ -17,8 +17,8 @@ from atss.checkpoint import (
     write_checkpoint,
     yacs_overrides,
 )
-from atss.lazy_training import load_lazy_config
 from atss.model_zoo import config_file
+from atss.training.lazy_config import load_lazy_config
 
 from detectron2.config import instantiate
 

@@ -18,20 +18,20 @@ from typing import List, Optional, Tuple
 
 import cv2
 import torch
-from atss.checkpointer import ATSSCheckpointer, load_or_resume
-from atss.export import DEFAULT_OPSET, export_onnx, export_program, export_torchscript
-from atss.export_check import (
+from atss.checkpoint.checkpointer import ATSSCheckpointer, load_or_resume
+from atss.export.check import (
     check_sizes,
     compare_with_eager,
     format_table,
     load_exported,
 )
-from atss.export_metadata import class_names_of, describe, resize_rule, write_metadata
-from atss.export_operators import MissingOperatorError
-from atss.export_samples import spread_scores
-from atss.lazy_training import load_lazy_config
+from atss.export.formats import DEFAULT_OPSET, export_onnx, export_program, export_torchscript
+from atss.export.metadata import class_names_of, describe, resize_rule, write_metadata
+from atss.export.operators import MissingOperatorError
+from atss.export.samples import spread_scores
 from atss.model_zoo import config_file, get_checkpoint_url
-from atss.yaml_config import load_yaml_config
+from atss.training.lazy_config import load_lazy_config
+from atss.training.yaml_config import load_yaml_config
 from torch import nn
 
 from detectron2.config import instantiate

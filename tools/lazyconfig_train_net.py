@@ -7,8 +7,8 @@
         --train-json train.json --train-images train/ --val-json val.json --val-images val/
 """
 
-from atss.command_line import run, training_parser
-from atss.lazy_training import (
+from atss.training.command_line import run, training_parser
+from atss.training.lazy_config import (
     choose_data,
     evaluate_checkpoint,
     load_lazy_config,

@@ -11,16 +11,16 @@ step is in `do_train`.
 import logging
 
 import torch
-from atss.checkpointer import ATSSCheckpointer, load_or_resume
-from atss.command_line import run, training_parser
-from atss.lazy_training import (
+from atss.checkpoint.checkpointer import ATSSCheckpointer, load_or_resume
+from atss.training.command_line import run, training_parser
+from atss.training.lazy_config import (
     build_model,
     choose_data,
     evaluate_checkpoint,
     evaluate_lazy,
     load_lazy_config,
 )
-from atss.training_loop import (
+from atss.training.loop import (
     autocast_dtype,
     compile_dense_parts,
     create_ddp_model,

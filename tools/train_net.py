@@ -7,9 +7,9 @@
         MODEL.WEIGHTS output/atss_R_50_FPN_1x/model_final.pth
 """
 
-from atss.command_line import run, training_parser
 from atss.trainer import Trainer
-from atss.yaml_config import choose_data, load_yaml_config
+from atss.training.command_line import run, training_parser
+from atss.training.yaml_config import choose_data, load_yaml_config
 
 from detectron2.engine import default_setup
 

@@ -9,7 +9,7 @@ from atss.backbone import resnet_fpn
 from atss.head import ATSSHead
 from atss.losses import DenseLoss
 from atss.proposal_generator import ATSS
-from atss.proposals import ProposalSelector
+from atss.postprocessing import ProposalSelector
 
 from detectron2.config import LazyCall as L
 from detectron2.layers import ShapeSpec

@@ -12,9 +12,9 @@ from .config import add_atss_config
 from .detector import ATSSDetector, build_detector
 from .head import ATSS_HEAD_REGISTRY, ATSSHead
 from .layers import DeformConv2d, PackedDeformConv2d, swap_deform_convs
-from .losses import DenseLoss
+from .losses.dense import DenseLoss
+from .postprocessing.proposals import ProposalSelector
 from .proposal_generator import ATSS
-from .proposals import ProposalSelector
 
 __version__ = "0.1.0"
 

@@ -14,8 +14,8 @@ from detectron2.utils.registry import Registry
 from .assigners import ATSSAssigner, IoUAssigner, SSCAssigner, TopKAssigner
 from .box_regression import Box2BoxTransform, PointToBoxTransform
 from .head import ATSS_HEAD_REGISTRY
-from .losses import DenseLoss
-from .proposals import ProposalSelector
+from .losses.dense import DenseLoss
+from .postprocessing.proposals import ProposalSelector
 
 __all__ = [
     "ASSIGNER_REGISTRY",

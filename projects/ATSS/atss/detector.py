@@ -14,9 +14,9 @@ from detectron2.structures import ImageList, Instances
 from detectron2.utils.events import get_event_storage
 
 from .build import build_parts
+from .device import instances_to_device, to_device
+from .postprocessing.traceable import move_like
 from .proposal_generator import ATSS
-from .traceable import move_like
-from .transfer import instances_to_device, to_device
 
 __all__ = ["ATSSDetector", "build_detector"]
 

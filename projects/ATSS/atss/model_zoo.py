@@ -11,7 +11,7 @@ from torch import nn
 from detectron2.config import LazyConfig, instantiate
 
 from .checkpoint import convert_checkpoint, fetch, read_checkpoint, write_checkpoint
-from .checkpointer import ATSSCheckpointer, load_or_resume
+from .checkpoint.checkpointer import ATSSCheckpointer, load_or_resume
 
 __all__ = ["config_file", "get", "get_checkpoint_url", "get_config", "list_configs"]
 

@@ -17,11 +17,11 @@ from .box_regression import Box2BoxTransform, PointToBoxTransform
 from .build import build_parts
 from .geometry import box_areas
 from .head import DensePredictions
-from .losses import DenseLoss
-from .postprocessing import detect
-from .proposals import ProposalSelector
+from .losses.dense import DenseLoss
+from .postprocessing.eager import detect
+from .postprocessing.proposals import ProposalSelector
+from .postprocessing.traceable import detect_instances
 from .targets import Targets, label_anchors
-from .traceable import detect_instances
 
 __all__ = ["ATSS"]
 

@@ -10,7 +10,7 @@ from typing import NamedTuple, Optional, Sequence, Tuple
 import torch
 from torch import Tensor
 
-from .transfer import host_constant
+from .device import host_constant
 
 __all__ = ["Slots", "locate", "offsets_in_level", "take"]
 

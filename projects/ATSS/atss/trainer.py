@@ -14,11 +14,11 @@ from detectron2.evaluation import COCOEvaluator
 from detectron2.solver.build import maybe_add_gradient_clipping
 from detectron2.utils import comm
 
-from .checkpointer import ATSSCheckpointer, load_or_resume, load_to_evaluate
+from .checkpoint.checkpointer import ATSSCheckpointer, load_or_resume, load_to_evaluate
 from .data import load_dataset_dicts
-from .inference_mode import prepare_as_configured
+from .inference_mode.prepare import prepare_as_configured
 from .optimizer import get_optimizer_params
-from .training_loop import (
+from .training.loop import (
     StepTrainer,
     autocast_dtype,
     compile_dense_parts,

@@ -20,8 +20,8 @@ from detectron2.modeling.postprocessing import detector_postprocess
 from detectron2.structures import Boxes, Instances
 from detectron2.utils.file_io import PathManager
 
-from .postprocessing import Candidates, suppress
-from .voting import vote_boxes
+from .postprocessing.eager import Candidates, suppress
+from .postprocessing.voting import vote_boxes
 
 __all__ = ["ATSSWithTTA", "RELEASE_MIN_SIZES", "View", "make_views", "release_views"]
 

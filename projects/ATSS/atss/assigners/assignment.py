@@ -13,7 +13,7 @@ from torch import Tensor
 
 from detectron2.structures import Boxes
 
-from ..transfer import host_constant
+from ..device import host_constant
 
 __all__ = [
     "Assignment",

@@ -14,8 +14,8 @@ from torch import Tensor
 from detectron2.structures import Boxes
 
 from ..anchors import AnchorGrid
+from ..device import host_constant
 from ..geometry import box_centers, center_distances
-from ..transfer import host_constant
 
 __all__ = ["Candidates", "nearest_anchors", "nearest_on_lattice"]
 

@@ -14,7 +14,7 @@ from detectron2.structures import Boxes
 from ..anchors import AnchorGrid, concatenate_anchors
 from ..geometry import box_centers, centers_inside
 from .assignment import Assignment, concatenate_boxes
-from .dense import DEFAULT_BUDGET, check_budget, chunks, pairwise_ious
+from .pairwise import DEFAULT_BUDGET, check_budget, chunks, pairwise_ious
 
 __all__ = ["IoUAssigner"]
 

@@ -14,7 +14,7 @@ from detectron2.structures import Boxes
 from ..anchors import AnchorGrid, concatenate_anchors
 from ..geometry import box_areas, box_centers
 from .assignment import Assignment, concatenate_boxes
-from .dense import DEFAULT_BUDGET, check_budget, chunks, level_sizes
+from .pairwise import DEFAULT_BUDGET, check_budget, chunks, level_sizes
 
 __all__ = ["FCOS_SIZE_RANGES", "SSCAssigner"]
 

@@ -14,7 +14,7 @@ from detectron2.structures import Boxes
 from ..anchors import AnchorGrid, concatenate_anchors
 from ..geometry import box_centers, center_distances, centers_inside, elementwise_iou
 from .assignment import Assignment, concatenate_boxes, resolve_claims, sortable
-from .dense import DEFAULT_BUDGET, check_budget, chunks, pairwise_ious
+from .pairwise import DEFAULT_BUDGET, check_budget, chunks, pairwise_ious
 
 __all__ = ["TopKAssigner"]
 

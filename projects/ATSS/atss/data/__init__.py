@@ -9,7 +9,6 @@ A training tool needs a few lines, whatever it trains on::
     dataset_dicts = load_dataset_dicts(data.train, data.num_classes)  # checked
 """
 
-from ..toy_shapes import ToyShapesOptions
 from .coco_json import (
     CocoSummary,
     check_coco_json,
@@ -28,6 +27,7 @@ from .registration import (
     register_from_arguments,
     register_toy_shapes,
 )
+from .toy_shapes import ToyShapesOptions
 
 __all__ = [
     "CocoSummary",

@@ -8,9 +8,9 @@ from typing import List, NamedTuple, Optional, Sequence, Tuple, Union
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
 
-from ..toy_shapes import ToyShapesOptions, render_dataset, split_paths
 from .coco_json import CocoSummary, check_coco_json, check_num_classes, check_same_classes
 from .faults import PathLike
+from .toy_shapes import ToyShapesOptions, render_dataset, split_paths
 
 logger = logging.getLogger(__name__)
 

@@ -1,0 +1,86 @@
+"""Which normalisation is only a scale and a shift by now, and can move into the convolution before?
+
+Batch norm with fixed statistics is. Folded, it costs nothing, neither time nor memory traffic.
+GroupNorm computes its statistics from every image and stays.
+"""
+
+from collections import Counter
+
+import torch
+from torch import Tensor, nn
+
+from detectron2.layers import FrozenBatchNorm2d
+
+from ..layers import DeformConv2d
+
+__all__ = ["fold_batch_norms"]
+
+
+@torch.no_grad()
+def fold_batch_norms(model: nn.Module) -> int:
+    """Move every frozen or evaluated batch norm into the convolution whose output it takes.
+
+    Folds norms that a convolution holds itself, as Detectron2's `Conv2d` and our `DeformConv2d` do
+    (`conv.norm`), and those that follow a convolution in an `nn.Sequential`. Other norms, and
+    convolutions that several places share with norms of their own, stay as they are.
+
+    Args:
+        model: in evaluation mode; changed in place.
+
+    Returns:
+        How many norms were folded.
+    """
+    owners = Counter(id(child) for module in model.modules() for child in module.children())
+    count = 0
+    for module in list(model.modules()):
+        if _is_convolution(module) and _is_fixed(getattr(module, "norm", None)):
+            _fold(module, module.norm)
+            module.norm = None
+            count += 1
+        if not isinstance(module, nn.Sequential):
+            continue
+        for i in range(len(module) - 1):
+            conv, norm = module[i], module[i + 1]
+            is_bare = _is_convolution(conv) and not _has_own_tail(conv)
+            if is_bare and _is_fixed(norm) and owners[id(conv)] == 1:
+                _fold(conv, norm)
+                module[i + 1] = nn.Identity()
+                count += 1
+    return count
+
+
+def _is_convolution(module: nn.Module) -> bool:
+    return isinstance(module, (nn.Conv2d, DeformConv2d))
+
+
+def _has_own_tail(conv: nn.Module) -> bool:
+    """Whether a convolution applies something to its result, so that what follows is not linear."""
+    activation = getattr(conv, "activation", None)
+    has_activation = activation is not None and not isinstance(activation, nn.Identity)
+    return getattr(conv, "norm", None) is not None or has_activation
+
+
+def _is_fixed(norm: object) -> bool:
+    if isinstance(norm, FrozenBatchNorm2d):
+        return True
+    # SyncBatchNorm and Detectron2's variants are `_BatchNorm`, too.
+    is_batch_norm = isinstance(norm, nn.modules.batchnorm._BatchNorm)
+    return is_batch_norm and not norm.training and norm.running_var is not None
+
+
+def _fold(conv: nn.Module, norm: nn.Module) -> None:
+    # In float64, so that folding itself does not round: norm(conv(x)) = scale * conv(x) + shift.
+    scale = (norm.running_var.double() + norm.eps).rsqrt()
+    if norm.weight is not None:
+        scale = scale * norm.weight.double()
+    shift = -norm.running_mean.double() * scale
+    if norm.bias is not None:
+        shift = shift + norm.bias.double()
+    if conv.bias is not None:
+        shift = shift + conv.bias.double() * scale
+    conv.weight = _parameter(conv.weight.double() * scale.view(-1, 1, 1, 1), conv.weight)
+    conv.bias = _parameter(shift, conv.weight)
+
+
+def _parameter(value: Tensor, like: Tensor) -> nn.Parameter:
+    return nn.Parameter(value.to(like.dtype), requires_grad=False)

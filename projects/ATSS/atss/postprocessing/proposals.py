@@ -1,0 +1,163 @@
+"""Which of the raw predictions are worth a second look? The first stage of a two-stage detector.
+
+As in Detectron2's RPN the best are kept whatever their score, because the second stage judges them
+again; only duplicates and boxes too small to pool from go.
+"""
+
+from typing import Callable, List, Optional, Sequence, Tuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from detectron2.layers import batched_nms
+from detectron2.structures import Boxes, Instances
+
+from ..head import DensePredictions, flatten_level
+
+__all__ = ["ProposalSelector", "log_scores", "log_to_logits"]
+
+
+class ProposalSelector:
+    """Proposals of a class-agnostic dense core.
+
+    Args:
+        pre_nms_topk: how many boxes of a level go into NMS, in training and in evaluation.
+        post_nms_topk: how many proposals an image gets, in training and in evaluation.
+        nms_thresh: IoU above which the lower score of two boxes goes. All levels compete: ATSS
+            assigns an object to several of them and their scores mean the same.
+        min_box_size: boxes that are not wider and higher than this go, in pixels.
+
+    Raises:
+        ValueError: for numbers out of range.
+    """
+
+    def __init__(
+        self,
+        pre_nms_topk: Tuple[int, int] = (2000, 1000),
+        post_nms_topk: Tuple[int, int] = (1000, 1000),
+        nms_thresh: float = 0.7,
+        min_box_size: float = 0.0,
+    ):
+        for name, value in (("pre_nms_topk", pre_nms_topk), ("post_nms_topk", post_nms_topk)):
+            if len(value) != 2 or min(value) < 1:
+                raise ValueError(
+                    f"ProposalSelector needs {name} as two numbers >= 1, for training and for "
+                    f"evaluation, got {value}. Change model.proposal_generator.proposal_selector "
+                    f"(MODEL.RPN.{name.upper()}_TRAIN and _TEST)."
+                )
+        if not 0 <= nms_thresh <= 1 or min_box_size < 0:
+            raise ValueError(
+                "ProposalSelector needs nms_thresh in [0, 1] and min_box_size >= 0, got "
+                f"{nms_thresh} and {min_box_size}."
+            )
+        self.pre_nms_topk = tuple(pre_nms_topk)
+        self.post_nms_topk = tuple(post_nms_topk)
+        self.nms_thresh = nms_thresh
+        self.min_box_size = min_box_size
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        predictions: DensePredictions,
+        anchors: Sequence[Boxes],
+        image_sizes: Sequence[Tuple[int, int]],
+        apply_deltas: Callable[[Tensor, Tensor], Tensor],
+        training: bool,
+        sqrt_score: bool = True,
+        box_offset: float = 0.0,
+    ) -> List[Instances]:
+        """Proposals of a batch; no gradient passes.
+
+        Args:
+            predictions: raw output of a head with one class, L tensors each.
+            anchors: L `Boxes`.
+            image_sizes: N (height, width) in pixels, before padding.
+            apply_deltas: `(deltas, anchors) -> boxes` of the box transform.
+            training: which of the two numbers count.
+            sqrt_score: score is sqrt(class * centerness) instead of the plain product.
+            box_offset: pixels added to x and y of every box before clipping.
+
+        Returns:
+            N `Instances` with `proposal_boxes` and `objectness_logits`, by falling score. The
+            logits are those of the final score.
+
+        Raises:
+            FloatingPointError: in training, for predictions that are not finite.
+        """
+        pre_nms_topk = self.pre_nms_topk[0 if training else 1]
+        num_anchors = predictions.deltas[0].shape[1] // 4
+        boxes_per_level, scores_per_level = [], []
+        for i, level in enumerate(anchors):
+            centerness = None if predictions.centerness is None else predictions.centerness[i]
+            scores = log_scores(predictions.logits[i], centerness, sqrt_score)  # (N, Ri)
+            scores, order = scores.sort(dim=1, descending=True, stable=True)
+            scores, order = scores[:, :pre_nms_topk], order[:, :pre_nms_topk]
+            deltas = flatten_level(predictions.deltas[i], num_anchors)  # (N, Ri, 4)
+            deltas = deltas.gather(1, order.unsqueeze(2).expand(-1, -1, 4))
+            boxes = apply_deltas(deltas.reshape(-1, 4).float(), level.tensor[order.reshape(-1)])
+            boxes_per_level.append(boxes.view(*order.shape, 4) + box_offset)
+            scores_per_level.append(scores)
+        boxes = torch.cat(boxes_per_level, dim=1)  # (N, D, 4)
+        scores = torch.cat(scores_per_level, dim=1)  # (N, D)
+        is_finite = torch.isfinite(boxes).all(dim=2) & torch.isfinite(scores)
+        if training and not bool(is_finite.all()):
+            raise FloatingPointError("Predicted boxes or scores are not finite: training diverged.")
+        return [
+            self._select(boxes[i][is_finite[i]], scores[i][is_finite[i]], image_size, training)
+            for i, image_size in enumerate(image_sizes)
+        ]
+
+    def _select(
+        self, boxes: Tensor, scores: Tensor, image_size: Tuple[int, int], training: bool
+    ) -> Instances:
+        candidates = Boxes(boxes)
+        candidates.clip(image_size)
+        keep = candidates.nonempty(threshold=self.min_box_size)
+        candidates, scores = candidates[keep], scores[keep]
+        one_group = torch.zeros_like(scores, dtype=torch.int64)
+        keep = batched_nms(candidates.tensor, scores, one_group, self.nms_thresh)
+        keep = keep[: self.post_nms_topk[0 if training else 1]]
+        proposals = Instances(image_size)
+        proposals.proposal_boxes = candidates[keep]
+        proposals.objectness_logits = log_to_logits(scores[keep])
+        return proposals
+
+
+def log_scores(logits: Tensor, centerness: Optional[Tensor], sqrt_score: bool = True) -> Tensor:
+    """Logarithm of the score of every anchor of a level.
+
+    In logarithms small scores stay apart that would be equal, or 0, in float32.
+
+    Args:
+        logits: (N, A, Hi, Wi) logits of the only class.
+        centerness: (N, A, Hi, Wi) centerness logits or None.
+        sqrt_score: score is sqrt(class * centerness) instead of the plain product.
+
+    Returns:
+        (N, Hi*Wi*A) float32, at most 0, in the order of the anchors.
+    """
+    num_anchors = logits.shape[1]
+    scores = F.logsigmoid(flatten_level(logits, num_anchors).float()).squeeze(2)
+    if centerness is None:
+        return scores
+    scores = scores + F.logsigmoid(flatten_level(centerness, num_anchors).float()).squeeze(2)
+    return scores / 2 if sqrt_score else scores
+
+
+def log_to_logits(log_probabilities: Tensor) -> Tensor:
+    """Logits of probabilities that are given by their logarithm; ranks the same, always finite.
+
+    Args:
+        log_probabilities: any shape, at most 0.
+
+    Returns:
+        log(p / (1 - p)) for each.
+
+    Example:
+        >>> log_to_logits(torch.tensor([0.5, 0.9]).log())
+        tensor([0.0000, 2.1972])
+    """
+    least = torch.finfo(log_probabilities.dtype).tiny
+    complement = (-torch.expm1(log_probabilities)).clamp(min=least)
+    return log_probabilities - complement.log()

@@ -1,0 +1,1 @@
+"""Training runs: command line, launching processes, configs, the loop."""

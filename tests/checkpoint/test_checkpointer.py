@@ -1,0 +1,218 @@
+"""Loading: foreign weights through the checkpointer and by name, and the conversion tool."""
+
+import hashlib
+import importlib.util
+import logging
+import os
+
+import pytest
+import torch
+from atss import model_zoo
+from atss.checkpoint import CheckpointError, convert_checkpoint, read_checkpoint
+from atss.checkpoint.checkpointer import ATSSCheckpointer, load_or_resume
+from conftest import REPO, make_input, tiny_detector
+
+from detectron2.checkpoint import DetectionCheckpointer
+
+
+def save_as(model, source, path):
+    """A file of the model's weights as another code base would write it."""
+    weights = convert_checkpoint(model.state_dict(), target=source).state_dict
+    if source == "author":
+        torch.save({"model": {f"module.{k}": v for k, v in weights.items()}}, path)
+    else:
+        torch.save({"meta": {"epoch": 12}, "state_dict": weights}, path)
+    return str(path)
+
+
+@pytest.fixture
+def convert_tool():
+    spec = importlib.util.spec_from_file_location(
+        "convert_tool", REPO / "tools" / "convert_checkpoint.py"
+    )
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.main
+
+
+def detections(model, inputs):
+    with torch.no_grad():
+        return model.eval()([inputs])[0]["instances"]
+
+
+def lively_detector(**changes):
+    """A tiny detector that does find something."""
+    model = tiny_detector(**changes)
+    torch.nn.init.normal_(model.proposal_generator.head.cls_logits.weight, std=0.3)
+    torch.nn.init.normal_(model.proposal_generator.head.bbox_pred.weight, std=0.1)
+    return model
+
+
+def test_a_file_of_the_authors_gives_their_boxes_half_a_pixel_further(tmp_path, caplog):
+    theirs = lively_detector(pixel_mean=[102.9801, 115.9465, 122.7717], pixel_std=[1.0] * 3)
+    path = save_as(theirs, "author", tmp_path / "author.pth")
+    ours = tiny_detector()
+    with caplog.at_level(logging.INFO, logger="atss"):
+        load_or_resume(ATSSCheckpointer(ours, str(tmp_path)), path, resume=False)
+    assert ours.proposal_generator.box_offset == 0.5
+    assert "another code base (author)" in caplog.text and "model.box_offset: 0.0" in caplog.text
+    theirs.proposal_generator.box_offset = 0.5
+    inputs = make_input()
+    expected, found = detections(theirs, inputs), detections(ours, inputs)
+    assert len(expected) > 0
+    torch.testing.assert_close(found.pred_boxes.tensor, expected.pred_boxes.tensor)
+    torch.testing.assert_close(found.scores, expected.scores)
+
+
+def test_a_file_of_mmdetection_gives_the_boxes_of_its_geometry(tmp_path):
+    mean, std = [123.675, 116.28, 103.53], [58.395, 57.12, 57.375]
+    theirs = lively_detector(input_format="RGB", pixel_mean=mean, pixel_std=std, sqrt_score=False)
+    theirs.proposal_generator.anchor_generator.offset = 0.0
+    theirs.backbone.top_block.relu_before_p7 = False
+    path = save_as(theirs, "mmdet", tmp_path / "mmdet.pth")
+    ours = tiny_detector()  # BGR
+    ATSSCheckpointer(ours).load(path)
+    rgb = make_input()
+    bgr = {**rgb, "image": rgb["image"].flip(0)}
+    expected, found = detections(theirs, rgb), detections(ours, bgr)
+    assert len(expected) > 0
+    torch.testing.assert_close(
+        found.pred_boxes.tensor, expected.pred_boxes.tensor, rtol=1e-3, atol=1e-2
+    )
+    torch.testing.assert_close(found.scores, expected.scores, rtol=1e-3, atol=1e-4)
+
+
+def test_a_saved_checkpoint_remembers_the_geometry(tmp_path):
+    path = save_as(tiny_detector(), "author", tmp_path / "author.pth")
+    checkpointer = ATSSCheckpointer(tiny_detector(), str(tmp_path))
+    checkpointer.load(path)
+    checkpointer.save("fine_tuned")
+    model = tiny_detector()
+    ATSSCheckpointer(model).load(str(tmp_path / "fine_tuned.pth"))
+    assert model.proposal_generator.box_offset == 0.5
+
+
+def test_a_model_without_tower_biases_takes_weights_of_mmdetection(tmp_path):
+    path = save_as(tiny_detector(), "mmdet", tmp_path / "mmdet.pth")
+    model = tiny_detector(head=dict(conv_bias=False))
+    ATSSCheckpointer(model).load(path)
+    assert model.proposal_generator.anchor_generator.offset == 0.0
+
+
+def test_foreign_weights_of_other_classes_or_depth_are_refused(tmp_path):
+    path = save_as(tiny_detector(num_classes=3), "author", tmp_path / "author.pth")
+    with pytest.raises(CheckpointError, match="knows 3 classes, the model 5.*--num-classes 5"):
+        ATSSCheckpointer(tiny_detector(num_classes=5)).load(path)
+    with pytest.raises(CheckpointError, match="another architecture"):
+        ATSSCheckpointer(tiny_detector(head=dict(num_convs=2))).load(path)
+
+
+@pytest.mark.parametrize("name", ["broken.pth", "broken.pkl"])
+def test_the_checkpointer_can_be_used_again_after_a_broken_file(tmp_path, name):
+    (tmp_path / name).write_bytes(b"\x80\x02no pickle")
+    model = tiny_detector()
+    checkpointer = ATSSCheckpointer(model)
+    with pytest.raises(CheckpointError, match="truncated, corrupt"):
+        checkpointer.load(str(tmp_path / name))
+    checkpointer.load(save_as(tiny_detector(), "author", tmp_path / "author.pth"))
+
+
+def test_the_tool_writes_what_detectron2_loads_alone(tmp_path, convert_tool, capsys):
+    model = tiny_detector()
+    path = save_as(model, "author", tmp_path / "author.pth")
+    out = str(tmp_path / "out.pth")
+
+    assert convert_tool([path, out]) == 0
+
+    printed = capsys.readouterr().out
+    assert "model.box_offset=0.5   (MODEL.ATSS.BOX_OFFSET)" in printed
+    assert read_checkpoint(out)["atss_overrides"]["model.box_offset"] == 0.5
+    loaded = tiny_detector()
+    DetectionCheckpointer(loaded).load(out)
+    for name, value in loaded.state_dict().items():
+        assert torch.equal(value, model.state_dict()[name]), name
+
+
+def test_the_tool_goes_back_and_renews_heads(tmp_path, convert_tool, capsys):
+    model = tiny_detector()
+    path = save_as(model, "mmdet", tmp_path / "mmdet.pth")
+    ours, back = str(tmp_path / "ours.pth"), str(tmp_path / "back.pth")
+    assert convert_tool([path, ours]) == 0
+    assert convert_tool([ours, back, "--to", "mmdet"]) == 0
+    before, after = read_checkpoint(path)["state_dict"], read_checkpoint(back)["state_dict"]
+    assert set(before) == set(after) and all(torch.equal(before[k], after[k]) for k in before)
+
+    assert convert_tool([ours, back, "--num-classes", "5"]) == 0
+    assert "re-initialised: 2" in capsys.readouterr().out
+    content = read_checkpoint(back)
+    assert len(content["model"]["proposal_generator.head.cls_logits.bias"]) == 5
+    assert content["atss_overrides"]["model.anchor_generator.offset"] == 0.0
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda path: path.write_bytes(b""), "truncated, corrupt"),
+        (lambda path: torch.save({"fc.weight": torch.zeros(1)}, path), "not weights of an ATSS"),
+        (lambda path: None, "no checkpoint file"),
+        (lambda path: save_as(tiny_detector(), "author", path), "do not fit the model"),
+    ],
+)
+def test_the_tool_fails_in_one_sentence_and_leaves_out_alone(
+    tmp_path, convert_tool, capsys, make, message
+):
+    make(tmp_path / "in.pth")
+    out = tmp_path / "out.pth"
+    out.write_text("precious")
+
+    options = ["--config", "atss_toy", "--num-classes", "3"]
+    assert convert_tool([str(tmp_path / "in.pth"), str(out), *options]) == 1
+
+    error = capsys.readouterr().err.strip()
+    assert message in error and "Traceback" not in error
+    assert out.read_text() == "precious"
+    assert set(os.listdir(tmp_path)) <= {"in.pth", "out.pth"}
+
+
+@pytest.fixture
+def published(tmp_path, monkeypatch):
+    """A name whose published weights are a local file, with its hash in the name."""
+    plain = save_as(tiny_detector(), "mmdet", tmp_path / "plain.pth")
+    with open(plain, "rb") as file:
+        digest = hashlib.sha256(file.read()).hexdigest()[:8]
+    path = tmp_path / f"atss-{digest}.pth"
+    os.rename(plain, path)
+
+    def local_path(url, **kwargs):
+        return url.replace("https://weights.invalid", str(tmp_path))
+
+    monkeypatch.setattr("atss.checkpoint.files.PathManager.get_local_path", local_path)
+    monkeypatch.setattr(model_zoo, "instantiate", lambda config: tiny_detector())
+    url = f"https://weights.invalid/{path.name}"
+    monkeypatch.setitem(model_zoo._URLS, "coco/atss_R_50_FPN_1x", url)
+    return path
+
+
+def test_published_weights_load_by_name_and_are_converted_once(published):
+    model = model_zoo.get("atss_R_50_FPN_1x", trained=True, device="cpu")
+    assert model.proposal_generator.anchor_generator.offset == 0.0
+    converted = f"{str(published)[:-4]}.atss.pth"
+    written = os.path.getmtime(converted)
+    again = model_zoo.get("atss_R_50_FPN_1x", trained=True, device="cpu")
+    assert os.path.getmtime(converted) == written
+    for name, value in again.state_dict().items():
+        assert torch.equal(value, model.state_dict()[name]), name
+
+
+def test_a_download_with_another_hash_is_refused(published):
+    published.write_bytes(published.read_bytes() + b"x")
+    with pytest.raises(CheckpointError, match="not what its name promises"):
+        model_zoo.get("atss_R_50_FPN_1x", trained=True, device="cpu")
+
+
+def test_names_with_and_without_published_weights():
+    assert model_zoo.get_checkpoint_url("atss_R_50_FPN_1x").endswith("-985f7bd0.pth")
+    with pytest.raises(ValueError, match="github.com/sfzhang15/ATSS"):
+        model_zoo.get_checkpoint_url("atss_dcnv2_R_50_FPN_1x")
+    with pytest.raises(ValueError, match="Unknown config"):
+        model_zoo.get_checkpoint_url("atss_R_7")

@@ -1,0 +1,511 @@
+"""Data sets: registered once, loaded by Detectron2, and faulty ones refused in clear words."""
+
+import argparse
+import copy
+import json
+import logging
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from atss.data import (
+    ToyShapesOptions,
+    add_dataset_arguments,
+    check_coco_json,
+    check_dataset_dicts,
+    check_same_classes,
+    count_classes,
+    load_dataset_dicts,
+    read_class_names,
+    register_coco_json,
+    register_from_arguments,
+    register_toy_shapes,
+    resolve_num_classes,
+)
+from atss.data.toy_shapes import render_dataset, render_scene, split_paths
+from pycocotools import mask as mask_api
+
+from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog
+from detectron2.data.datasets import register_coco_instances
+from detectron2.evaluation import COCOEvaluator
+from detectron2.structures import Boxes, BoxMode, Instances
+
+SMALL = ToyShapesOptions(image_size=96, max_size=60, num_train=8, num_val=4)
+
+
+@pytest.fixture(autouse=True)
+def catalogs():
+    """Leave Detectron2's global catalogs as they were."""
+    before = set(DatasetCatalog), set(MetadataCatalog)
+    yield
+    for catalog, names in zip((DatasetCatalog, MetadataCatalog), before):
+        for name in set(catalog) - names:
+            catalog.pop(name)
+
+
+@pytest.fixture(scope="module")
+def toy_root(tmp_path_factory):
+    root = tmp_path_factory.mktemp("data") / "toy"
+    render_dataset(root, SMALL)
+    return root
+
+
+@pytest.fixture
+def own(tmp_path):
+    """A valid COCO set of two 40x30 images: category ids 3 and 7, out of order and with a gap."""
+    (tmp_path / "images").mkdir()
+    for name in ("a.jpg", "b.jpg"):
+        (tmp_path / "images" / name).write_bytes(b"")
+    data = {
+        "categories": [{"id": 7, "name": "dog"}, {"id": 3, "name": "cat"}],
+        "images": [
+            {"id": 1, "file_name": "a.jpg", "width": 40, "height": 30},
+            {"id": 2, "file_name": "b.jpg", "width": 40, "height": 30},
+        ],
+        "annotations": [annotation(11, 1, 7), annotation(12, 1, 3), annotation(13, 2, 3)],
+    }
+    write(tmp_path, data)
+    return tmp_path, data
+
+
+def annotation(number, image, category, bbox=(5, 6, 10, 8)):
+    x, y, width, height = bbox
+    return {
+        "id": number, "image_id": image, "category_id": category, "bbox": list(bbox),
+        "area": width * height, "iscrowd": 0,
+    }  # fmt: skip
+
+
+def write(folder, data, name="set.json"):
+    (folder / name).write_text(json.dumps(data))
+    return folder / name, folder / "images"
+
+
+def parse(*arguments, eval_only=False):
+    parser = argparse.ArgumentParser()
+    add_dataset_arguments(parser)
+    args = parser.parse_args([str(a) for a in arguments])
+    args.eval_only = eval_only
+    return args
+
+
+def both_splits(train, val):
+    return parse(
+        *("--train-json", train[0], "--train-images", train[1]),
+        *("--val-json", val[0], "--val-images", val[1]),
+    )
+
+
+# The toy set in Detectron2
+
+
+def test_mapper_gives_the_drawn_image_boxes_and_masks(toy_root):
+    train, _ = register_toy_shapes(toy_root, SMALL)
+    mapper = DatasetMapper(True, augmentations=[], image_format="BGR", use_instance_mask=True)
+    dataset = DatasetCatalog.get(train)
+    assert len(dataset) == SMALL.num_train
+    for index, record in enumerate(dataset):
+        image, objects = render_scene(SMALL, "train", index)
+        mapped = mapper(record)
+        instances = mapped["instances"]
+        assert (mapped["image"].permute(1, 2, 0).numpy() == image).all()
+        boxes = torch.tensor([item.box for item in objects], dtype=torch.float32)
+        boxes[:, 2:] += boxes[:, :2]
+        torch.testing.assert_close(instances.gt_boxes.tensor, boxes)
+        assert instances.gt_classes.tolist() == [item.class_id for item in objects]
+        # The rectangle that encloses each polygon mask is the box.
+        masks = instances.gt_masks.get_bounding_boxes().tensor
+        torch.testing.assert_close(masks, boxes, atol=0.01, rtol=0)
+
+
+def test_ground_truth_given_as_detections_has_an_ap_of_100(toy_root):
+    _, val = register_toy_shapes(toy_root, SMALL)
+    evaluator = COCOEvaluator(val, ("bbox", "segm"), distributed=False)  # before anything is loaded
+    evaluator.reset()
+    for record in DatasetCatalog.get(val):
+        found = Instances((record["height"], record["width"]))
+        boxes = torch.tensor([a["bbox"] for a in record["annotations"]], dtype=torch.float32)
+        boxes[:, 2:] += boxes[:, :2]
+        found.pred_boxes = Boxes(boxes)
+        found.pred_classes = torch.tensor([a["category_id"] for a in record["annotations"]])
+        found.scores = torch.ones(len(found))
+        found.pred_masks = torch.stack([to_mask(a, 96) for a in record["annotations"]])
+        evaluator.process([record], [{"instances": found}])
+    results = evaluator.evaluate()
+    for task in ("bbox", "segm"):
+        assert results[task]["AP"] == pytest.approx(100), results[task]
+    wanted = [f"AP-{name}" for name in SMALL.class_names]
+    assert set(wanted) <= set(results["bbox"])
+
+
+def to_mask(record, size):
+    codes = mask_api.frPyObjects(record["segmentation"], size, size)
+    return torch.from_numpy(mask_api.decode(mask_api.merge(codes)).astype(bool))
+
+
+def test_registering_again_is_free_and_under_other_files_an_error(toy_root, tmp_path):
+    names = register_toy_shapes(toy_root, SMALL)
+    assert names == ("toy_shapes_train", "toy_shapes_val") == register_toy_shapes(toy_root, SMALL)
+    shutil.copytree(toy_root, tmp_path / "copy")
+    with pytest.raises(ValueError, match=r"toy_shapes_train is registered already.*copy"):
+        register_toy_shapes(tmp_path / "copy", SMALL)
+    other = register_toy_shapes(tmp_path / "copy", SMALL, name="second")
+    assert other == ("second_train", "second_val")
+
+
+def test_registering_a_set_with_other_classes_under_a_known_name_is_an_error(tmp_path):
+    options = ToyShapesOptions(image_size=96, max_size=60, num_train=1, num_val=1)
+    register_toy_shapes(tmp_path / "toy", options)
+    fewer = ToyShapesOptions(image_size=96, max_size=60, num_train=1, num_val=1, num_classes=2)
+    with pytest.raises(ValueError, match="registered already"):
+        register_toy_shapes(tmp_path / "toy", fewer)
+
+
+def test_default_place_follows_detectron2s_environment_variable(tmp_path, monkeypatch):
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path / "data"))
+    _, val = register_toy_shapes(options=SMALL, name="mine")
+    assert MetadataCatalog.get(val).json_file == str(split_paths(tmp_path / "data/mine", "val")[0])
+    monkeypatch.delenv("DETECTRON2_DATASETS")
+    monkeypatch.chdir(tmp_path)
+    _, val = register_toy_shapes(options=SMALL, name="here")
+    assert (tmp_path / "datasets/here/val").is_dir()
+
+
+# Files of one's own
+
+
+def test_classes_are_numbered_by_category_id_as_detectron2_does(own):
+    folder, data = own
+    summary = register_coco_json("mine", folder / "set.json", folder / "images")
+    assert summary == ([3, 7], ["cat", "dog"], 2, 3, 0)
+    records = DatasetCatalog.get("mine")
+    assert MetadataCatalog.get("mine").thing_classes == ["cat", "dog"]
+    assert [a["category_id"] for a in records[0]["annotations"]] == [1, 0]
+    assert read_class_names(folder / "set.json") == ["cat", "dog"]
+    assert count_classes(folder / "set.json") == 2
+
+
+def test_set_that_the_user_registered_before_may_be_registered_again(own):
+    folder, _ = own
+    files = str(folder / "set.json"), str(folder / "images")
+    register_coco_instances("mine", {}, *files)
+    register_coco_json("mine", *files)
+    assert MetadataCatalog.get("mine").thing_classes == ["cat", "dog"]
+    DatasetCatalog.register("made_in_python", lambda: [])
+    with pytest.raises(ValueError, match="made_in_python is registered already"):
+        register_coco_json("made_in_python", *files)
+
+
+def change(**changes):
+    """Change keys of annotation 12 of image 1; None takes a key away."""
+
+    def apply(data):
+        data["annotations"][1].update(changes)
+        for key in [key for key, value in changes.items() if value is None]:
+            del data["annotations"][1][key]
+
+    return apply
+
+
+NAN, INF = float("nan"), float("inf")
+FAULTS = {
+    "NaN": (change(bbox=[NAN, 1, 2, 3]), ["annotation 12 of image 1", "[nan, 1, 2, 3]", "finite"]),
+    "infinite": (change(bbox=[0, 1, INF, 3]), ["annotation 12 of image 1", "inf", "finite"]),
+    "negative width": (
+        change(bbox=[9, 9, -3, 4]),
+        ["annotation 12 of image 1", "[9, 9, -3, 4]", "x2 < x1"],
+    ),
+    "negative height": (change(bbox=[9, 9, 3, -4]), ["annotation 12", "y2 < y1"]),
+    "three numbers": (change(bbox=[9, 9, 3]), ["annotation 12 of image 1", "four numbers"]),
+    "text": (change(bbox=["9", 9, 3, 3]), ["annotation 12 of image 1", "four numbers"]),
+    "no box": (change(bbox=None), ["annotation 12 of image 1", '"bbox"']),
+    "no annotation id": (change(id=None), ["annotation number 1 (from 0) of image 1", '"id"']),
+    "class": (change(category_id=9), ["annotation 12 of image 1", "category_id 9", "categories"]),
+    "image": (change(image_id=5), ["annotation 12 of image 5", "no image"]),
+    "ignore": (change(ignore=1), ["annotation 12 of image 1", '"ignore"', "iscrowd"]),
+    "same id": (change(id=11), ["annotation id 11", "more than once"]),
+    "text as id": (change(id="x"), ["annotation id 'x'", "whole number"]),
+    "no categories": (lambda data: data.pop("categories"), ['"categories"']),
+    "empty categories": (lambda data: data["categories"].clear(), ["no classes"]),
+    "unnamed category": (lambda data: data["categories"][0].pop("name"), ["category 7", '"name"']),
+    "same category": (lambda d: d["categories"].append(d["categories"][0]), ["category id 7"]),
+    "no images": (lambda data: data["images"].clear(), ["no images"]),
+    "same image": (lambda data: data["images"].append(data["images"][0]), ["image id 1"]),
+    "no size": (lambda data: data["images"][1].pop("height"), ["image 2", '"height"']),
+    "no annotations": (lambda data: data.pop("annotations"), ['"annotations"', "a list"]),
+    "wrong list": (lambda data: data.update(annotations=[1]), ['"annotations"', "objects"]),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_fault_is_named_with_file_image_and_annotation(own, fault):
+    folder, data = own
+    spoil, words = FAULTS[fault]
+    spoil(data)
+    with pytest.raises(ValueError) as error:
+        check_coco_json(*write(folder, data))
+    for word in [*words, "set.json"]:
+        assert word in str(error.value), str(error.value)
+
+
+def test_many_faults_are_counted_and_the_first_shown(own):
+    folder, data = own
+    data["annotations"] = [annotation(i, 1, 3, (0, 0, -1, 1)) for i in range(1, 21)]
+    with pytest.raises(ValueError) as error:
+        check_coco_json(*write(folder, data))
+    for word in ("20 such faults", "annotation 1 ", "annotation 3 ", "17 more"):
+        assert word in str(error.value)
+    assert "annotation 4 " not in str(error.value)
+
+
+def test_missing_file_folder_and_images_are_named(own):
+    folder, data = own
+    with pytest.raises(FileNotFoundError, match="no annotation file .*nowhere.json"):
+        check_coco_json(folder / "nowhere.json", folder / "images")
+    with pytest.raises(FileNotFoundError, match="no image folder .*pictures"):
+        check_coco_json(folder / "set.json", folder / "pictures")
+    (folder / "images" / "b.jpg").unlink()
+    with pytest.raises(FileNotFoundError, match=r"set.json are missing \(1\): .*b.jpg"):
+        check_coco_json(folder / "set.json", folder / "images")
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '"text"', "\x80"])
+def test_file_that_is_not_coco_json_is_refused(tmp_path, text):
+    (tmp_path / "set.json").write_bytes(text.encode("latin-1"))
+    with pytest.raises(ValueError, match=r"set.json is not (valid JSON|a COCO file)"):
+        check_coco_json(tmp_path / "set.json", tmp_path)
+
+
+def test_keys_of_the_evaluation_are_asked_for_before_the_training(own):
+    folder, data = own
+    change(area=None, iscrowd=None)(data)
+    files = write(folder, data)
+    assert check_coco_json(*files).num_annotations == 3  # enough to train on
+    with pytest.raises(ValueError) as error:
+        check_coco_json(*files, for_evaluation=True)
+    for word in ("annotation 12 of image 1", '"area" and "iscrowd"', "evaluated"):
+        assert word in str(error.value)
+
+
+def test_annotation_id_that_the_evaluation_misreads_is_warned_about(own, caplog):
+    folder, data = own
+    data["annotations"][0]["id"] = 0
+    check_coco_json(*write(folder, data), for_evaluation=True)
+    assert "id 0" in caplog.text and "set.json" in caplog.text
+
+
+def test_boxes_without_area_are_counted_in_one_line(own, caplog):
+    folder, data = own
+    empty = [(5, 5, 0, 4), (5, 5, 4, 0), (40, 5, 9, 9), (-9, 5, 9, 9)]  # two of them lie outside
+    data["annotations"] += [annotation(20 + i, 2, 3, box) for i, box in enumerate(empty)]
+    with caplog.at_level(logging.WARNING):
+        assert check_coco_json(*write(folder, data)).num_empty_boxes == 4
+    assert len(caplog.records) == 1 and "4 boxes without area" in caplog.text
+
+
+def test_detectron2_drops_the_boxes_that_are_counted_and_no_others(tmp_path):
+    options = ToyShapesOptions(image_size=96, max_size=60, num_train=1, num_val=1, min_objects=2)
+    render_dataset(tmp_path / "toy", options)
+    json_file, image_root = split_paths(tmp_path / "toy", "train")
+    data = json.loads(json_file.read_text())
+    boxes = [
+        *[(5, 5, 0, 4), (5, 5, 4, 0), (96, 5, 9, 9), (-9, 5, 9, 9)],  # without area in the image
+        *[(95, 5, 9, 9), (-9, 5, 10, 9), (5, 5, 1e-3, 4)],  # with a little
+    ]
+    data["annotations"] = [annotation(i, 1, 1, box) for i, box in enumerate(boxes, start=1)]
+    json_file.write_text(json.dumps(data))
+    assert register_coco_json("few", json_file, image_root).num_empty_boxes == 4
+
+    loaded = DatasetCatalog.get("few")
+    mapped = DatasetMapper(True, augmentations=[], image_format="BGR")(copy.deepcopy(loaded[0]))
+    assert len(mapped["instances"]) == 3
+    assert len(check_dataset_dicts(loaded, 6, "few")[0]["annotations"]) == 3
+
+
+# Number of classes
+
+
+def test_number_of_classes_comes_from_the_file_and_is_said(own, caplog):
+    folder, _ = own
+    with caplog.at_level(logging.INFO):
+        assert resolve_num_classes(None, folder / "set.json") == 2
+    assert "2 classes" in caplog.text and "cat, dog" in caplog.text and "set.json" in caplog.text
+    assert resolve_num_classes(2, folder / "set.json") == 2
+
+
+def test_configured_number_that_contradicts_the_file_is_an_error_with_both(own):
+    folder, _ = own
+    with pytest.raises(ValueError, match=r"num_classes=80.*set.json has 2 classes"):
+        resolve_num_classes(80, folder / "set.json")
+
+
+def test_different_classes_of_training_and_validation_are_an_error():
+    check_same_classes(["cat", "dog"], "a.json", ["cat", "dog"], "b.json")
+    with pytest.raises(ValueError, match=r"a.json and b.json.*class 1 is 'dog'.*'cow'"):
+        check_same_classes(["cat", "dog"], "a.json", ["cat", "cow"], "b.json")
+    with pytest.raises(ValueError, match=r"1 classes in the one, 2 in the other"):
+        check_same_classes(["cat"], "a.json", ["cat", "dog"], "b.json")
+
+
+# Options of the tools
+
+
+def test_own_files_take_the_place_of_the_configs_sets(own):
+    folder, data = own
+    val = write(folder, data, "val.json")
+    args = both_splits((folder / "set.json", folder / "images"), val)
+    found = register_from_arguments(args, ["coco_2017_train"], ["coco_2017_val"])
+    assert found == (("own_train",), ("own_val",), ["cat", "dog"], 2)
+    assert len(DatasetCatalog.get("own_val")) == 2
+    assert register_from_arguments(args) == found  # once more in the same process
+    with pytest.raises(ValueError, match="num_classes=80.*has 2 classes"):
+        register_from_arguments(args, num_classes=80)
+
+
+def test_own_validation_files_must_have_what_the_evaluation_needs(own):
+    folder, data = own
+    change(area=None)(data)
+    files = write(folder, data)
+    with pytest.raises(ValueError, match='annotation 12 of image 1 needs "area" to be evaluated'):
+        register_from_arguments(both_splits(files, files))
+
+
+def test_own_files_with_different_classes_are_refused(own):
+    folder, data = own
+    changed = copy.deepcopy(data)
+    changed["categories"][0]["name"] = "cow"
+    args = both_splits((folder / "set.json", folder / "images"), write(folder, changed, "val.json"))
+    with pytest.raises(ValueError, match=r"set.json and .*val.json have different categories"):
+        register_from_arguments(args)
+
+
+def test_training_needs_no_validation_set_and_evaluation_no_training_set(own, caplog):
+    folder, _ = own
+    files = folder / "set.json", folder / "images"
+    trained = register_from_arguments(parse("--train-json", files[0], "--train-images", files[1]))
+    assert trained.train == ("own_train",) and trained.val == () and trained.num_classes == 2
+    assert "nothing will be evaluated" in caplog.text
+    val = parse("--val-json", files[0], "--val-images", files[1], eval_only=True)
+    evaluated = register_from_arguments(val)
+    assert evaluated.train == () and evaluated.val == ("own_val",) and evaluated.num_classes == 2
+
+
+@pytest.mark.parametrize(
+    "arguments, eval_only, message",
+    [
+        (["--train-json", "x"], False, "--train-json needs --train-images"),
+        (["--val-images", "x"], False, "--val-images needs --val-json"),
+        (["--val-json", "x", "--val-images", "y"], False, "without --train-json"),
+        (["--train-json", "x", "--train-images", "y"], True, "--eval-only.* needs --val-json"),
+    ],
+)
+def test_options_that_belong_together_are_asked_for_together(arguments, eval_only, message):
+    with pytest.raises(ValueError, match=message):
+        register_from_arguments(parse(*arguments, eval_only=eval_only))
+
+
+def test_sets_of_the_config_are_registered_or_checked(toy_root, tmp_path, monkeypatch):
+    known = register_toy_shapes(toy_root, SMALL)
+    found = register_from_arguments(parse(), [known[0]], [known[1]], num_classes=6)
+    assert found == ((known[0],), (known[1],), SMALL.class_names, 6)
+    with pytest.raises(ValueError, match="num_classes=80.*toy_shapes_train has 6 classes"):
+        register_from_arguments(parse(), *known, num_classes=80)
+    with pytest.raises(ValueError, match="nonsense is not registered.*toy_shapes_train"):
+        register_from_arguments(parse(), "nonsense", known[1])
+    with pytest.raises(ValueError, match="different categories"):
+        json_file = tmp_path / "other.json"
+        json_file.write_text("{}")
+        register_coco_instances("other", {"thing_classes": ["a"]}, str(json_file), str(tmp_path))
+        register_from_arguments(parse(), known[0], "other")
+
+
+def test_toy_set_of_the_config_is_rendered_when_it_is_missing(tmp_path, monkeypatch):
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
+    monkeypatch.setattr("atss.data.registration.ToyShapesOptions", lambda: SMALL)  # in less time
+    found = register_from_arguments(parse(), ("toy_shapes_train",), ("toy_shapes_val",))
+    assert found.num_classes == 6 and (tmp_path / "toy_shapes" / "train").is_dir()
+
+
+def test_missing_files_of_a_registered_set_are_named_before_training(tmp_path):
+    register_coco_instances("far", {}, str(tmp_path / "far.json"), str(tmp_path))
+    with pytest.raises(FileNotFoundError, match=r"far needs .*far.json.*DETECTRON2_DATASETS"):
+        register_from_arguments(parse(), "far", ())
+    # Evaluation does not ask for the training set.
+    assert register_from_arguments(parse(eval_only=True), "far", ()).num_classes is None
+
+
+# Sets registered in Python
+
+
+def record(*boxes, mode=BoxMode.XYXY_ABS, classes=None, **more):
+    classes = classes or [0] * len(boxes)
+    return {
+        "image_id": 5, "width": 40, "height": 30, **more,
+        "annotations": [
+            {"bbox": box, "bbox_mode": mode, "category_id": class_id, "iscrowd": 0}
+            for box, class_id in zip(boxes, classes)
+        ],
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "image, words",
+    [
+        (record([0, 0, 9, 9], [0, NAN, 9, 9]), ["annotation 1 (from 0) of image 5", "nan"]),
+        (record([0, 0, INF, 9]), ["annotation 0", "inf", "finite"]),
+        (record([9, 0, 5, 9]), ["[9, 0, 5, 9]", "x2 < x1"]),
+        (record(np.array([9.0, 0, 5, 9])), ["[9.0, 0.0, 5.0, 9.0]", "x2 < x1"]),
+        (record([0, 0, -5, 9], mode=BoxMode.XYWH_ABS), ["[0, 0, -5, 9]", "negative size"]),
+        (record([0, 0, 5]), ["four numbers"]),
+        (record(None), ["four numbers"]),
+        (record([0, 0, 5, 9, 30], mode=BoxMode.XYWHA_ABS), ["bbox_mode", "XYXY_ABS"]),
+        (record([0, 0, 9, 9], classes=[3]), ["category_id 3", "0 to 2"]),
+        (record([0, 0, 9, 9], classes=[-1]), ["category_id -1", "0 to 2"]),
+        (record([0, 0, 9, 9], classes=[1.5]), ["category_id 1.5"]),
+    ],
+)
+def test_faulty_record_is_named_with_data_set_image_and_annotation(image, words):
+    with pytest.raises(ValueError) as error:
+        check_dataset_dicts([record(), image], 3, "zoo")
+    for word in [*words, "image 5", "data set zoo"]:
+        assert word in str(error.value), str(error.value)
+
+
+def test_good_records_come_back_as_they_are():
+    records = [record([0, 0, 9, 9], np.float32([1, 2, 3, 4]), classes=[2, np.int64(0)]), {"id": 1}]
+    checked = check_dataset_dicts(records, 3, "zoo")
+    assert [a is b for a, b in zip(checked, records)] == [True, True]
+
+
+def test_boxes_without_area_are_dropped_from_a_copy_and_counted(caplog):
+    records = [record([0, 0, 9, 9], [4, 4, 4, 9], [50, 4, 60, 9]), record([1, 1, 2, 2])]
+    before = copy.deepcopy(records)
+    checked = check_dataset_dicts(records, 1, "zoo")
+    assert [len(image["annotations"]) for image in checked] == [1, 1]
+    assert checked[0]["annotations"][0]["bbox"] == [0, 0, 9, 9]
+    assert records == before
+    assert "zoo: 2 boxes without area" in caplog.text and len(caplog.records) == 1
+
+
+def test_missing_images_of_a_record_are_named(tmp_path):
+    records = [record(file_name=str(tmp_path / f"{i}.jpg")) for i in range(5)]
+    with pytest.raises(
+        FileNotFoundError, match=r"zoo are missing \(5\): .*0.jpg.*2.jpg; and 2 more"
+    ):
+        check_dataset_dicts(records, 1, "zoo")
+    check_dataset_dicts([record(file_name="s3://bucket/0.jpg")], 1, "zoo")  # not ours to fetch
+
+
+def test_loading_checks_joins_and_leaves_out_images_without_objects(toy_root, caplog):
+    train, val = register_toy_shapes(toy_root, SMALL)
+    empty = {**DatasetCatalog.get(val)[0], "annotations": []}
+    DatasetCatalog.register("empty", lambda: [empty])
+    MetadataCatalog.get("empty").thing_classes = SMALL.class_names
+    assert len(load_dataset_dicts(train, 6)) == 8
+    assert len(load_dataset_dicts([train, val, "empty"], 6)) == 12
+    assert len(load_dataset_dicts([train, val, "empty"], 6, filter_empty=False)) == 13
+    with pytest.raises(ValueError, match="No image with an object is left to train on in empty"):
+        load_dataset_dicts("empty", 6)
+    with pytest.raises(ValueError, match=r"category_id \d, and the model knows 0 to 1"):
+        load_dataset_dicts(train, 2)

@@ -1,0 +1,190 @@
+"""From raw predictions to detections."""
+
+import numpy as np
+import pytest
+import torch
+from atss.box_regression import Box2BoxTransform
+from atss.head import DensePredictions, flatten_level
+from atss.postprocessing import traceable
+from atss.postprocessing.eager import Candidates, detect, select_candidates, suppress
+from conftest import golden_cases, golden_grid, make_grid, random_boxes
+from reference import detections
+
+from detectron2.structures import Boxes
+
+WEIGHTS = (10.0, 10.0, 5.0, 5.0)
+DECODE = Box2BoxTransform(WEIGHTS).apply_deltas
+
+
+@pytest.mark.parametrize(
+    "case, fields", golden_cases("postprocess"), ids=lambda v: v.get("name", "")
+)
+def test_detections_are_those_of_the_authors_release(case, fields):
+    # The release's boxes in inclusive pixels: (x1, y1, x2, y2) is our (x1, y1, x2 + 1, y2 + 1), and
+    # our decoded boxes, from grown anchors, lie half a pixel up and left of those.
+    grid = golden_grid(fields)
+    maps = (
+        [torch.as_tensor(fields[f"{name}{i}"]) for i in range(5)] for name in ("cls", "reg", "ctr")
+    )
+    sizes = [tuple(int(v) for v in size) for size in fields["image_sizes"]]
+    found = detect(
+        DensePredictions(*maps), grid.boxes, sizes, DECODE,
+        score_thresh=case["score_thresh"], topk=case["pre_nms_top_n"],
+        nms_thresh=case["nms_thresh"], max_detections=case["detections_per_img"], box_offset=0.5,
+    )  # fmt: skip
+    for i, result in enumerate(found):
+        expected = torch.as_tensor(fields[f"out_boxes{i}"]) + torch.tensor([0.0, 0, 1, 1])
+        # Boxes that begin beyond the last pixel are left one pixel by the release, and dropped or
+        # left a sliver by us; both lists are compared without them, up to where the shorter ends.
+        expected_inside, ours_inside = (
+            begins_inside(boxes, sizes[i]) for boxes in (expected, result.pred_boxes.tensor)
+        )
+        count = min(int(expected_inside.sum()), int(ours_inside.sum()))
+        assert count >= 0.8 * len(expected)
+        scores = torch.as_tensor(fields[f"out_scores{i}"])
+        classes = torch.as_tensor(fields[f"out_labels{i}"]).long() - 1
+        for ours, theirs, tolerance in (
+            (result.pred_boxes.tensor, expected, 1e-3),
+            (result.scores, scores, 1e-5),
+            (result.pred_classes, classes, 0),
+        ):
+            torch.testing.assert_close(
+                ours[ours_inside][:count], theirs[expected_inside][:count], rtol=0, atol=tolerance
+            )
+
+
+def begins_inside(boxes, size):
+    height, width = size
+    return (
+        (boxes[:, 0] < width - 1)
+        & (boxes[:, 1] < height - 1)
+        & (boxes[:, 2] > 1)
+        & (boxes[:, 3] > 1)
+    )
+
+
+def random_predictions(grid, num_images, num_classes):
+    shift = {"logits": -1.0}
+    maps = [
+        [torch.randn(num_images, c, h, w) * 1.5 + shift.get(n, 0) for h, w in grid.grid_sizes]
+        for n, c in (("logits", num_classes), ("deltas", 4), ("centerness", 1))
+    ]
+    return DensePredictions(*maps)
+
+
+@pytest.mark.parametrize("topk, most", [(1000, 100), (20, 10)])
+def test_detections_agree_with_loops(topk, most):
+    grid, size = make_grid(64, 96), (60, 90)
+    predictions = random_predictions(grid, 1, 3)
+    (found,) = detect(predictions, grid.boxes, [size], DECODE, topk=topk, max_detections=most)
+    levels = []
+    for i, anchors in enumerate(grid.boxes):
+        logits, deltas, ctr = (flatten_level(maps[i], 1)[0] for maps in predictions)
+        boxes = DECODE(deltas, anchors.tensor)
+        boxes = torch.stack([boxes[:, j].clamp(0, size[1 - j % 2]) for j in range(4)], dim=1)
+        area = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
+        logits[area == 0] = -20  # wholly outside
+        levels.append((logits.sigmoid().numpy(), ctr.sigmoid().squeeze(1).numpy(), boxes.numpy()))
+    expected = detections(levels, topk=topk, max_detections=most)
+    assert len(found) == len(expected) > 0.7 * most
+    torch.testing.assert_close(
+        found.pred_boxes.tensor,
+        torch.as_tensor(np.stack([b for b, _, _ in expected])),
+        rtol=0,
+        atol=1e-3,
+    )
+    np.testing.assert_allclose(found.scores, [s for _, s, _ in expected], rtol=1e-5)
+    assert found.pred_classes.tolist() == [k for _, _, k in expected]
+
+
+def test_class_score_is_compared_before_centerness_multiplies_in():
+    # Two locations; sigmoid 0.5 and 0.018. A low centerness must not remove the first.
+    predictions = DensePredictions(
+        [torch.tensor([0.0, -4.0]).view(1, 1, 1, 2)],
+        [torch.zeros(1, 4, 1, 2)],
+        [torch.tensor([-6.0, 6.0]).view(1, 1, 1, 2)],
+    )
+    anchors = [Boxes(torch.tensor([[0.0, 0, 8, 8], [8, 8, 16, 16]]))]
+    (found,) = select_candidates(predictions, anchors, [(16, 16)], DECODE)
+    assert found.boxes.tolist() == [[0.0, 0.0, 8.0, 8.0]]
+    score = 0.5 / (1 + np.exp(6.0))
+    assert found.scores.item() == pytest.approx(score**0.5, rel=1e-5)
+    (plain,) = select_candidates(predictions, anchors, [(16, 16)], DECODE, sqrt_score=False)
+    assert plain.scores.item() == pytest.approx(score, rel=1e-5)
+
+
+def test_score_just_above_the_threshold_is_a_candidate_and_one_just_below_is_none():
+    logit = torch.tensor(0.05).logit()
+    predictions = DensePredictions(
+        [torch.stack((logit + 1e-5, logit - 1e-5)).view(1, 1, 1, 2)],
+        [torch.zeros(1, 4, 1, 2)],
+        None,
+    )
+    anchors = [Boxes(torch.tensor([[0.0, 0, 8, 8], [8, 8, 16, 16]]))]
+    (found,) = select_candidates(predictions, anchors, [(16, 16)], DECODE)
+    assert found.boxes.tolist() == [[0.0, 0.0, 8.0, 8.0]]
+
+
+@pytest.mark.parametrize("num_cells", [1, 3])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_fast_and_traceable_detections_are_the_same(num_cells, memory_format):
+    sizes = ((16, 24), (8, 12))
+    torch.manual_seed(5)
+
+    def maps(depth, shift=0.0):
+        return [
+            (torch.randn(2, num_cells * depth, *size) * 1.5 + shift).to(memory_format=memory_format)
+            for size in sizes
+        ]
+
+    predictions = DensePredictions(maps(5, -1.0), maps(4), maps(1))
+    anchors = [Boxes(random_boxes(h * w * num_cells, 128, 192)) for h, w in sizes]
+    settings = dict(topk=150, max_detections=60, box_offset=0.5)
+    image_sizes = [(128, 192), (100, 150)]
+    fast = detect(predictions, anchors, image_sizes, DECODE, **settings)
+    plain = traceable.detect(predictions, anchors, image_sizes, DECODE, **settings)
+    for ours, other in zip(fast, plain):
+        assert len(ours) == 60
+        torch.testing.assert_close(ours.pred_boxes.tensor, other.boxes)
+        torch.testing.assert_close(ours.scores, other.scores)
+        assert torch.equal(ours.pred_classes, other.classes)
+
+
+@pytest.mark.parametrize("copies", [1, 30])
+def test_suppression_looks_as_far_as_it_must(copies):
+    # 30 copies of each box: the best 40 contain two boxes to keep, so the window has to grow.
+    boxes = random_boxes(60, 200, 200).repeat_interleave(copies, dim=0)
+    scores = torch.linspace(1, 0.1, len(boxes))
+    candidates = Candidates(boxes, scores, torch.arange(60).repeat_interleave(copies) % 7)
+    everything = suppress(candidates, 0.6, max_detections=-1)
+    assert len(everything) <= 60
+    assert torch.equal(suppress(candidates, 0.6, max_detections=10), everything[:10])
+
+
+def test_suppression_is_per_class_and_spares_equal_iou():
+    # IoU of the first two is 8 / 16; the third repeats the first in another class.
+    boxes = torch.tensor([[0.0, 0, 4, 3], [0, 1, 4, 4], [0, 0, 4, 3]])
+    candidates = Candidates(boxes, torch.tensor([0.9, 0.8, 0.7]), torch.tensor([0, 0, 1]))
+    assert suppress(candidates, nms_thresh=0.5).tolist() == [0, 1, 2]
+    assert suppress(candidates, nms_thresh=0.49).tolist() == [0, 2]
+    assert suppress(candidates, nms_thresh=0.5, max_detections=1).tolist() == [0]
+
+
+def test_batch_equals_its_images_one_by_one():
+    grid = make_grid(64, 64)
+    predictions = random_predictions(grid, 3, 2)
+    sizes = [(64, 64), (50, 60), (64, 40)]
+    together = detect(predictions, grid.boxes, sizes, DECODE)
+    for i, size in enumerate(sizes):
+        single = DensePredictions(*([t[i : i + 1] for t in maps] for maps in predictions))
+        (alone,) = detect(single, grid.boxes, [size], DECODE)
+        assert torch.equal(together[i].pred_boxes.tensor, alone.pred_boxes.tensor)
+        assert torch.equal(together[i].scores, alone.scores)
+
+
+def test_image_without_candidates_has_no_detections():
+    grid = make_grid(64, 64)
+    predictions = random_predictions(grid, 1, 2)
+    empty = predictions._replace(logits=[torch.full_like(t, -20.0) for t in predictions.logits])
+    (found,) = detect(empty, grid.boxes, [(64, 64)], DECODE)
+    assert len(found) == 0 and found.pred_boxes.tensor.shape == (0, 4)

@@ -1,0 +1,393 @@
+"""Every row of the paper's tables: its one difference, and that it trains and detects."""
+
+import dataclasses
+import functools
+import json
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from ablation_differences import OUTPUT_DIR, difference, faults, flatten, showing
+from ablation_rows import CONFIGS, find_rows, load_parent, load_row, select_rows
+from atss import model_zoo
+from atss.assigners.ssc import FCOS_SIZE_RANGES
+from atss.training.lazy_config import evaluate_lazy
+from conftest import REPO, make_input
+from test_configs import TWINS, authors_names, golden_recipe, group_summary
+
+from detectron2.config import LazyConfig, instantiate
+from detectron2.data.datasets import register_coco_instances
+
+ROWS = find_rows()
+CHILDREN = [row for row in ROWS if row.parent]
+RELEASE = [row for row in ROWS if row.table == "Release"]
+
+# The paper's AP in the order of its tables, and the release's (minival; Table 8: test-dev).
+PUBLISHED = {
+    "Table 1": [32.5, 33.4, 34.9, 35.3, 36.8, 37.0, 37.8],
+    "Table 2": [37.0, 36.9, 37.8, 37.8],
+    "Table 3": [37.0, 39.3, 37.8, 38.6, 39.2],
+    "Table 4": [38.0, 38.8, 39.1, 39.3, 39.1, 39.0, 39.1, 39.2, 38.9],
+    "Table 5": [39.0, 39.2, 39.3, 39.3, 38.9],
+    "Table 6": [39.1, 39.0, 39.3, 39.3, 39.1],
+    "Table 7": [36.3, 38.4, 39.2, 39.3, 39.2, 39.3],
+    "Table 8": [43.6, 45.1, 45.6, 46.3, 47.7, 47.7, 50.6, 50.7],
+    "Release": [39.3, 41.5, 43.5, 44.8, 45.5, 43.2, None, 46.1, 47.7, 47.7],
+}
+
+
+def short(row):
+    return row.name
+
+
+@functools.cache
+def shared_config(name):
+    """For tests that only look."""
+    return LazyConfig.load(str(CONFIGS / f"{name}.py"))
+
+
+def row_named(name):
+    (row,) = select_rows(ROWS, [name])
+    return row
+
+
+def test_every_row_of_the_tables_is_there_with_the_published_ap():
+    found = {table: [row.ap for row in ROWS if row.table == table] for table in PUBLISHED}
+    assert found == PUBLISHED
+    assert {row.split for row in ROWS if row.table == "Table 8"} == {"test-dev"}
+    sources = {row.source for row in ROWS if row.table.startswith("Table")}
+    assert sources == {"paper"}
+
+
+@pytest.mark.parametrize("row", CHILDREN, ids=short)
+def test_row_differs_from_its_parent_in_exactly_the_declared_way(row):
+    assert faults(row, difference(shared_config(row.parent), shared_config(row.name))) == []
+
+
+# What the paper's tables say of each row, by the two zero points and what they change.
+BASE = dict(
+    assigner="IoUAssigner", thresholds=(0.4, 0.5), center_in_gt=False, norm="", centerness=False,
+    level_scales=False, box_loss="smooth_l1", box_loss_weight=0.25, transform="Box2BoxTransform",
+    bbox_bias=0.0, scale=8, scales_per_octave=1, aspect_ratios=(1.0,), num_anchors=1,
+)  # fmt: skip
+NORM = {**BASE, "norm": "GN"}
+GIOU = {**NORM, "box_loss": "giou", "box_loss_weight": 2.0}
+IN_GT = {**GIOU, "center_in_gt": True}
+CENTERNESS = {**IN_GT, "centerness": True}
+IMPROVED = {**CENTERNESS, "level_scales": True}
+POINT = dict(transform="PointToBoxTransform", bbox_bias=4.0)
+SSC = {k: v for k, v in IMPROVED.items() if k not in ("thresholds", "center_in_gt")}
+SSC = {**SSC, "assigner": "SSCAssigner", "radius": None, "size_ranges": FCOS_SIZE_RANGES}
+FULL = {k: v for k, v in IMPROVED.items() if k != "thresholds"}
+FULL = {**FULL, "assigner": "ATSSAssigner", "topk": 9}
+NINE = dict(scales_per_octave=3, aspect_ratios=(0.5, 1.0, 2.0), num_anchors=9)
+METHODS = {
+    "improvements/retinanet_a1": BASE,
+    "improvements/group_norm": NORM,
+    "improvements/giou": GIOU,
+    "improvements/in_gt_box": IN_GT,
+    "improvements/centerness": CENTERNESS,
+    "improvements/level_scales": IMPROVED,
+    "improvements/fcos": {**SSC, **POINT},
+    "boxes_or_points/iou_box": IMPROVED,
+    "boxes_or_points/iou_point": {**IMPROVED, **POINT},
+    "boxes_or_points/ssc_box": SSC,
+    "boxes_or_points/ssc_point": {**SSC, **POINT},
+    "sample_selection/retinanet_a1": IMPROVED,
+    "sample_selection/retinanet_a1_atss": FULL,
+    "sample_selection/fcos": {**SSC, **POINT},
+    "sample_selection/fcos_center_sampling": {**SSC, **POINT, "radius": 1.5},
+    "sample_selection/fcos_atss": {**FULL, **POINT},
+    **{f"topk/k{k}": {**FULL, "topk": k} for k in range(3, 20, 2)},
+    **{f"anchor_scale/scale{s}": {**FULL, "scale": s} for s in range(5, 10)},
+    **{
+        f"anchor_ratio/ratio{height}to{width}": {**FULL, "aspect_ratios": (height / width,)}
+        for height, width in ((1, 4), (1, 2), (1, 1), (2, 1), (4, 1))
+    },
+    "anchors_per_location/retinanet_a9": {**BASE, **NINE, "scale": 4},
+    "anchors_per_location/retinanet_a9_improved": {**IMPROVED, **NINE, "scale": 4},
+    "anchors_per_location/atss_3_scales_3_ratios": {**FULL, **NINE},
+    "anchors_per_location/atss_3_scales": {
+        **FULL, **NINE, "aspect_ratios": (1.0,), "num_anchors": 3
+    },
+    "anchors_per_location/atss_3_ratios": {
+        **FULL, **NINE, "scales_per_octave": 1, "num_anchors": 3
+    },
+    "anchors_per_location/atss_1_scale_1_ratio": FULL,
+}  # fmt: skip
+
+
+def method_of(cfg):
+    """The four axes of a config, under the names of `METHODS`."""
+    flat = flatten(cfg, resolve=True)
+
+    def kind(part):
+        return flat[f"model.{part}._target_"].rsplit(".", 1)[1]
+
+    places = {
+        "assigner": ("thresholds", "center_in_gt", "topk", "size_ranges"),
+        "head": ("norm", "centerness", "level_scales", "bbox_bias", "num_anchors"),
+        "loss": ("box_loss", "box_loss_weight"),
+        "anchor_generator.sizes": ("scale", "scales_per_octave"),
+        "anchor_generator": ("aspect_ratios",),
+    }
+    found = {"assigner": kind("assigner"), "transform": kind("box2box_transform")}
+    for part, names in places.items():
+        found.update({n: flat[f"model.{part}.{n}"] for n in names if f"model.{part}.{n}" in flat})
+    if "model.assigner.center_sampling_radius" in flat:
+        found["radius"] = flat["model.assigner.center_sampling_radius"]
+    return found
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_row_is_the_method_of_the_papers_table(name):
+    cfg = shared_config(f"ablations/{name}")
+    assert method_of(cfg) == METHODS[name]
+    flat = flatten(cfg, resolve=True)
+    # What holds in every row: who reads a value twice reads the same.
+    for part, reader in (("head", "num_classes"), ("loss", "num_classes"), ("loss", "centerness")):
+        source = "head.centerness" if reader == "centerness" else reader
+        assert flat[f"model.{part}.{reader}"] == flat[f"model.{source}"]
+    if METHODS[name]["transform"] == "PointToBoxTransform":
+        scale = METHODS[name]["scale"]  # so that deltas are in units of the stride
+        assert flat["model.box2box_transform.anchor_scale"] == scale
+        assert flat["model.loss.box2box_transform.anchor_scale"] == scale
+
+
+def test_every_row_but_the_models_of_table_8_has_its_method_checked():
+    names = {row.name for row in ROWS if row.table.startswith("Table") and row.table != "Table 8"}
+    assert names == {f"ablations/{name}" for name in METHODS}
+
+
+def test_parent_that_took_over_a_rows_difference_is_a_fault():
+    row = row_named("topk/k3")
+    parent = load_parent(row)
+    parent.model.assigner.topk = 3
+    first, second = faults(row, difference(parent, load_row(row)))
+    assert "assigns model.assigner.topk, but it is so in ablations/topk/k9 already" in first
+    assert "equals it without saying so" in second
+
+
+def test_difference_that_is_not_assigned_is_a_fault():
+    row = row_named("topk/k3")
+    parent = load_parent(row)
+    parent.model.nms_thresh = 0.5
+    (fault,) = faults(row, difference(parent, load_row(row)))
+    assert "changes model.nms_thresh, which it does not assign" in fault
+
+
+def test_row_that_equals_its_parent_must_say_so_and_one_that_says_so_must_equal_it():
+    same, changed = row_named("topk/k9"), row_named("topk/k3")
+    only_output = {OUTPUT_DIR: ("a", "b")}
+    silent = dataclasses.replace(same, is_same_as=False)
+    assert "without saying so" in faults(silent, only_output)[0]
+    topk = {"model.assigner.topk": (9, 3), **only_output}
+    assert "but differs" in faults(dataclasses.replace(changed, is_same_as=True), topk)[0]
+
+
+def test_docstring_that_names_another_parent_is_a_fault():
+    row = dataclasses.replace(row_named("topk/k3"), claimed="k5.py")
+    (fault,) = faults(row, difference(load_parent(row), load_row(row)))
+    assert "imports ablations/topk/k9, but names k5.py" in fault
+
+
+def test_arguments_at_their_defaults_are_no_difference():
+    cfg, spelled_out = load_row(row_named("ssc_box")), load_row(row_named("ssc_box"))
+    spelled_out.model.assigner.center_sampling_radius = None
+    assert difference(cfg, spelled_out) == {}
+    spelled_out.model.assigner.center_sampling_radius = 1.5
+    assert difference(cfg, spelled_out) == {
+        "model.assigner.center_sampling_radius": (None, 1.5)
+    }  # fmt: skip
+
+
+def test_differences_are_shown_in_words():
+    def words(name):
+        row = row_named(name)
+        return showing(row, difference(load_parent(row), load_row(row)))
+
+    assert words("topk/k3") == "model.assigner.topk: 9 -> 3"
+    assert words("ssc_box") == "model.assigner: IoUAssigner -> SSCAssigner"
+    assert words("topk/k9") == "same as coco/atss_R_50_FPN_1x"
+    assert showing(row_named("improvements/retinanet_a1"), {}) == (
+        "starts from common/models/retinanet_a1.py"
+    )
+
+
+@pytest.mark.parametrize("name", ["retinanet_a1_atss", "atss_1_scale_1_ratio", "topk/k9"])
+def test_paths_through_the_tables_end_at_the_same_full_method(name):
+    found = flatten(shared_config(row_named(name).name), resolve=True)
+    expected = flatten(shared_config("coco/atss_R_50_FPN_1x"), resolve=True)
+    assert {**found, OUTPUT_DIR: ""} == {**expected, OUTPUT_DIR: ""}
+
+
+def test_every_row_has_an_output_folder_of_its_own():
+    for row in ROWS:
+        expected = "output/" + row.name.replace("coco/", "")
+        assert shared_config(row.name).train.output_dir == expected
+
+
+def test_point_rows_keep_the_stride_as_their_unit_at_every_anchor_scale():
+    cfg = load_row(row_named("fcos_atss"))
+    cfg.model.anchor_generator.sizes.scale = 5
+    transform = instantiate(cfg.model.box2box_transform)
+    assert transform.anchor_scale == 5
+    assert instantiate(cfg.model.loss).box2box_transform.anchor_scale == 5
+
+
+def test_multi_scale_rows_take_the_releases_views():
+    for name in ("dcnv2_X_101_32x8d_multi_scale", "dcnv2_X_101_64x4d_multi_scale"):
+        tta = shared_config(row_named(name).name).train.tta
+        assert tta.enabled and tta.min_sizes is None and tta.base_size == 800
+        assert tta.merge == "soft-vote" and tta.flip
+
+
+def test_test_dev_rows_leave_detections_for_the_server_where_there_is_no_ground_truth(tmp_path):
+    image = {"id": 1, "file_name": "1.png", "height": 64, "width": 64}
+    categories = [{"id": i + 1, "name": str(i)} for i in range(3)]
+    (tmp_path / "info.json").write_text(json.dumps({"images": [image], "categories": categories}))
+    cv2.imwrite(str(tmp_path / "1.png"), np.full((64, 64, 3), 127, np.uint8))
+    name = f"unlabelled_{tmp_path.name}"
+    register_coco_instances(name, {}, str(tmp_path / "info.json"), str(tmp_path))
+    cfg = load_row(row_named("sota/R_101"))
+    assert list(cfg.dataloader.test.dataset.names) == ["coco_2017_test-dev"]
+    cfg.dataloader.test.dataset.names = [name]
+    cfg.dataloader.test.num_workers = 0
+    cfg.dataloader.test.mapper.augmentations[0].short_edge_length = 64
+    cfg.train.output_dir = str(tmp_path / "run")
+    tiny(cfg)
+    cfg.model.score_thresh = 0.0
+    assert not evaluate_lazy(cfg, instantiate(cfg.model).eval())
+    found = json.loads((tmp_path / "run/inference/coco_instances_results.json").read_text())
+    assert len(found) > 0 and {entry["image_id"] for entry in found} == {1}
+
+
+def test_all_models_of_the_release_have_yaml_twins():
+    assert len(RELEASE) == 10
+    assert {row.name for row in RELEASE} <= set(TWINS)
+
+
+def test_2x_recipe_is_twice_as_long_on_every_integer_short_edge():
+    for row in RELEASE:
+        cfg = shared_config(row.name)
+        if not row.name.endswith("2x"):
+            continue
+        scheduler = cfg.lr_multiplier.scheduler
+        assert (cfg.train.max_iter, scheduler.num_updates) == (180000, 180000)
+        assert list(scheduler.milestones) == [120000, 160000]
+        resize = instantiate(cfg.dataloader.train.mapper.augmentations[0])
+        image = torch.zeros(900, 1000, 3).numpy()
+        found = {resize.get_transform(image).new_h for _ in range(3000)}
+        assert found == set(range(640, 801))
+
+
+def test_deformable_stages_are_those_of_the_paper():
+    for row in RELEASE:
+        model = shared_config(row.name).model
+        stages = [False] * 4
+        if "dcnv2" in row.name:
+            stages = [False, "X_101" not in row.name, True, True]
+        assert list(model.backbone.get("deform_on_per_stage", [False] * 4)) == stages
+        assert model.head.get("deformable", False) == ("dcnv2" in row.name)
+
+
+@pytest.mark.parametrize("row", RELEASE, ids=short)
+def test_rate_and_decay_follow_the_releases_rule_in_every_model(row):
+    _, golden = golden_recipe()
+    frozen = {".".join(n.split(".")[:3]) for n, values in golden.items() if values is None}
+    assert frozen == {"backbone.body.stem", "backbone.body.layer1"}
+    values = {n.rpartition(".")[2]: v for n, v in golden.items() if v is not None}
+    assert values == {"weight": (0.01, 1e-4), "bias": (0.02, 0.0), "scale": (0.01, 1e-4)}
+    for name, expected in golden.items():  # the rule says all of the recorded model
+        is_frozen = name.startswith(tuple(frozen))
+        assert expected == (None if is_frozen else values[name.rpartition(".")[2]]), name
+
+    cfg = load_row(row)
+    with torch.device("meta"):
+        model = instantiate(cfg.model)
+    cfg.optimizer.params.model = model
+    groups = group_summary(instantiate(cfg.optimizer), model)
+    for name, _ in model.named_parameters():
+        is_frozen = authors_names(name).startswith(tuple(frozen))
+        expected = None if is_frozen else pytest.approx(values[name.rpartition(".")[2]])
+        assert groups.get(name) == expected, name
+
+
+def tiny(cfg):
+    """The row's model, thin and shallow, with its own method, groups and deformable stages."""
+    backbone = cfg.model.backbone
+    needs_bottlenecks = backbone.get("num_groups", 1) > 1 or "deform_on_per_stage" in backbone
+    backbone.depth = 50 if needs_bottlenecks else 18
+    backbone.width_per_group = 1 if backbone.get("num_groups", 1) > 1 else 8
+    backbone.norm, backbone.freeze_at = "BN", 0
+    backbone.stem_out_channels = backbone.res2_out_channels = 32
+    backbone.out_channels = 64  # two channels a group: P7 is a single location here
+    cfg.model.head.num_convs = 1
+    cfg.model.num_classes = 3
+    return cfg.model
+
+
+_TRIED = set()
+
+
+@pytest.mark.parametrize("row", ROWS, ids=short)
+def test_row_takes_a_training_step_and_detects(row):
+    cfg = load_row(row)
+    tiny(cfg)
+    # Rows that differ in data, schedule or depth alone are one model here.
+    kind = str(sorted((k, str(v)) for k, v in flatten(cfg, resolve=True).items() if "model." in k))
+    if kind in _TRIED:
+        return
+    _TRIED.add(kind)
+    model = instantiate(cfg.model)
+    optimizer = torch.optim.SGD(model.parameters(), 1e-3)
+    boxes, classes = [[8.0, 8, 40, 48], [20, 10, 60, 40]], [0, 2]
+    losses = model([make_input(64, 64, boxes, classes), make_input(64, 64)])
+    expected = {"loss_cls", "loss_box_reg"} | (
+        {"loss_centerness"} if cfg.model.head.centerness else set()
+    )
+    assert set(losses) == expected
+    sum(losses.values()).backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+    optimizer.step()
+    with torch.no_grad():
+        (found,) = model.eval()([make_input(64, 64)])
+    assert found["instances"].has("pred_boxes")
+    assert found["instances"].pred_boxes.tensor.isfinite().all()
+
+
+def test_zoo_knows_the_rows():
+    assert {row.name for row in ROWS} <= set(model_zoo.list_configs())
+    assert model_zoo.get_config("topk/k3").model.assigner.topk == 3
+
+
+def test_model_zoo_page_has_the_published_figures_and_says_whose_they_are():
+    lines = (REPO / "MODEL_ZOO.md").read_text().splitlines()
+    for row in ROWS:
+        if row.table not in ("Release", "Table 8"):
+            continue
+        (line,) = [line for line in lines if f"](configs/{row.name}.py)" in line]
+        assert row.ap is None or f" {row.ap}" in line, row.name
+        assert row.source != "mmdetection" or "mmdetection's" in line
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ('"""About nothing."""\n', "does not start with its row.*About nothing"),
+        ('"""Table 4, row 1: k = 3. The paper\'s AP on minival: 38.0."""\n'
+         "for k in (1,):\n    pass\n", "line 2: a row only imports and assigns"),
+        ('"""Table 4, row 1: k = 3. The paper\'s AP on minival: 38.0."""\n'
+         "from .k9 import model\nfrom .k5 import train\n", "imports from two parents"),
+    ],
+)  # fmt: skip
+def test_file_whose_difference_cannot_be_read_off_is_named(text, words, tmp_path, monkeypatch):
+    import ablation_rows
+
+    monkeypatch.setattr(ablation_rows, "CONFIGS", tmp_path)
+    (tmp_path / "ablations").mkdir()
+    file = tmp_path / "ablations" / "strange.py"
+    file.write_text(text)
+    with pytest.raises(ValueError, match=words):
+        find_rows()
