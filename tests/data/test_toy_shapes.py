@@ -54,7 +54,7 @@ print("numpy and cv2 only" if not {"torch", "detectron2"} & set(sys.modules) els
 
 
 def start_rendering(root, start=0.0, has_locks=True):
-    folder = os.path.dirname(os.path.dirname(os.path.dirname(atss.data.toy_shapes.__file__)))
+    folder = os.path.dirname(os.path.dirname(atss.data.toy_shapes.__file__))
     command = [sys.executable, "-c", RENDER, folder, str(root), str(start), str(has_locks)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
 
