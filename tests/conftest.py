@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 import torch
 from atss.anchors import AnchorGrid, GridAnchorGenerator, octave_sizes
-from atss.assigners import ATSSAssigner
+from atss.assigners import ATSSAssigner, assign_all_anchors
 from atss.backbone import resnet_fpn
 from atss.box_regression import Box2BoxTransform
 from atss.detector import build_detector
 from atss.head import ATSSHead
-from atss.losses.dense import DenseLoss
+from atss.losses import DenseLoss
+from atss.targets import Targets
 
 from detectron2.structures import Boxes, Instances
 
@@ -85,14 +86,45 @@ def make_instances(boxes, classes, size=(64, 64)) -> Instances:
     return instances
 
 
+def targets_of_anchors(labels, boxes, num_classes) -> Targets:
+    """Targets from dense labels (N, R) in -1 (ignored), 0..K-1, K (background), and boxes."""
+    is_positive = (labels >= 0) & (labels < num_classes)
+    assignment = assign_all_anchors(
+        torch.zeros_like(labels), is_positive, [1] * len(labels), labels < 0
+    )
+    classes = labels.clamp(0, num_classes - 1).flatten()
+    return Targets(assignment, classes, boxes.reshape(-1, 4))
+
+
+def labels_of(targets: Targets, num_classes: int) -> torch.Tensor:
+    """(N, R) class of each anchor: 0..K-1, K for background, -1 for ignored."""
+    assignment = targets.assignment
+    labels = torch.full_like(assignment.matched_idxs, num_classes)
+    if assignment.is_ignored is not None:
+        labels[assignment.is_ignored] = -1
+    places = assignment.image_idxs, assignment.anchor_idxs
+    is_positive = assignment.is_positive
+    labels[tuple(idxs[is_positive] for idxs in places)] = targets.classes[is_positive]
+    return labels
+
+
+def boxes_of(targets: Targets) -> torch.Tensor:
+    """(N, R, 4) box that each positive anchor learns, 0 elsewhere."""
+    assignment = targets.assignment
+    boxes = torch.zeros(*assignment.matched_idxs.shape, 4)
+    places = assignment.image_idxs, assignment.anchor_idxs
+    is_positive = assignment.is_positive
+    boxes[tuple(idxs[is_positive] for idxs in places)] = targets.boxes[is_positive]
+    return boxes
+
+
 def tiny_detector(**changes):
     """A detector that runs in milliseconds; parts can be replaced by keyword."""
     num_classes = changes.pop("num_classes", 3)
     transform = changes.pop("box2box_transform", Box2BoxTransform((10.0, 10.0, 5.0, 5.0)))
     head = dict(in_channels=64, num_classes=num_classes, num_convs=1)
     head.update(changes.pop("head", {}))
-    loss = dict(centerness=head.get("centerness", True))
-    loss.update(changes.pop("loss", {}))
+    loss = changes.pop("loss", {})
     parts = dict(
         backbone=resnet_fpn(
             depth=18, norm="GN", freeze_at=0, stem_out_channels=32, res2_out_channels=32,

@@ -205,8 +205,9 @@ def test_1x_recipe_is_section_4_of_the_paper():
     )
     resize = cfg.dataloader.train.mapper.augmentations[0]
     assert list(resize.short_edge_length) == [800] and resize.max_size == 1333
-    model = cfg.model
-    assert (model.score_thresh, model.topk_candidates, model.nms_thresh) == (0.05, 1000, 0.6)
+    selector = cfg.model.selector
+    assert (selector.score_thresh, selector.topk_candidates) == (0.05, 1000)
+    assert (selector.nms_thresh, selector.detections_per_image) == (0.6, 100)
     assert cfg.train.init_checkpoint == "detectron2://ImageNetPretrained/MSRA/R-50.pkl"
 
 

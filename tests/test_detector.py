@@ -8,8 +8,9 @@ from atss import ATSS, ATSSDetector, add_atss_config
 from atss.anchors import GridAnchorGenerator, octave_sizes
 from atss.assigners import IoUAssigner
 from atss.box_regression import Box2BoxTransform, PointToBoxTransform
-from atss.losses.dense import DenseLoss
-from conftest import STRIDES, make_input, tiny_detector
+from atss.losses import DenseLoss
+from atss.targets import centerness_targets, label_anchors
+from conftest import STRIDES, boxes_of, labels_of, make_input, tiny_detector
 
 from detectron2.config import get_cfg
 from detectron2.modeling import build_model
@@ -70,15 +71,12 @@ def test_losses_of_a_batch_are_those_of_its_images_summed_by_hand():
         images = model.preprocess_image([inputs])
         features = [model.backbone(images.tensor)[name] for name in core.in_features]
         anchors = core.anchor_generator.grid(features)
-        from atss.targets import centerness_targets, label_anchors
-
         targets = label_anchors(core.assigner, anchors, [inputs["instances"]], 3)
-        positive = targets.labels[0] < 3
+        positive = labels_of(targets, 3)[0] < 3
         all_anchors = torch.cat([b.tensor for b in anchors.boxes])
         positives.append(float(positive.sum()))
-        centers.append(
-            float(centerness_targets(all_anchors[positive], targets.boxes[0][positive]).sum())
-        )
+        gt_boxes = boxes_of(targets)[0][positive]
+        centers.append(float(centerness_targets(all_anchors[positive], gt_boxes).sum()))
     for name, weights in (
         ("loss_cls", positives), ("loss_centerness", positives), ("loss_box_reg", centers)
     ):  # fmt: skip
@@ -187,7 +185,7 @@ def test_point_regression_from_several_anchors_says_what_to_change():
         ({"head": dict(num_anchors=2)}, "head.num_anchors is 2, but needs 1"),
         ({"head": dict(num_classes=4)}, "head.num_classes is 4, but needs 3"),
         ({"head": dict(num_levels=4)}, "head.num_levels is 4, but needs 5"),
-        ({"loss": dict(centerness=False)}, "loss.centerness is False, but needs True"),
+        ({"loss": dict(quality=None)}, "predicts centerness, but model.loss.quality is None"),
     ],
 )
 def test_parts_that_do_not_fit_each_other_are_named(changes, words):
@@ -243,7 +241,7 @@ def test_yaml_builds_registered_parts_with_its_values():
     assert isinstance(model, ATSSDetector) and isinstance(core, ATSS)
     assert core.assigner.topk == 5
     assert isinstance(core.loss.box2box_transform, PointToBoxTransform)
-    assert (core.head.bbox_pred.bias == 4).all() and not core.loss.centerness
+    assert (core.head.bbox_pred.bias == 4).all()
     assert set(model([make_input(boxes=BOXES, classes=[0, 2])])) == {"loss_cls", "loss_box_reg"}
 
 
@@ -253,8 +251,8 @@ def test_yaml_builds_registered_parts_with_its_values():
         ("ASSIGNER.NAME", "MaxIoU", r"ASSIGNER.NAME 'MaxIoU'; known are \['ATSSAssigner'"),
         ("BOX2BOX_TRANSFORM.NAME", "Linear", "known are .*PointToBoxTransform"),
         ("HEAD.NAME", "Head", "known are .*ATSSHead"),
-        ("HEAD.NORM", "XN", "Unknown norm 'XN'"),
-        ("LOSS.BOX_LOSS", "ciou", "'ciou'.*smooth_l1"),
+        ("HEAD.NORM", "XN", "norm to be one of .*got 'XN'"),
+        ("LOSS.BOX_LOSS", "ciou", "smooth_l1.*got 'ciou'"),
         ("ASSIGNER.TOPK", 0, "topk >= 1, got 0"),
         ("ASSIGNER.THRESHOLDS", (0.4, 0.5), r"\['THRESHOLDS'\], which ATSSAssigner does not take"),
         ("IN_FEATURES", ["p2", "p3"], r"names \['p2'\], but the backbone gives"),

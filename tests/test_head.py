@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 from atss.box_regression import PointToBoxTransform
-from atss.head import ATSSHead, flatten_level
+from atss.head import ATSSHead
+from atss.predictions import flatten_level
 from conftest import golden_cases
 
 
@@ -30,7 +31,7 @@ def test_head_gives_the_outputs_of_the_authors_release(case, fields):
         for tensor, name in (
             (found.logits[i], "cls"),
             (deltas, "reg"),
-            (found.centerness[i], "ctr"),
+            (found.quality[i], "ctr"),
         ):
             expected = torch.as_tensor(fields[f"{name}{i}"])
             torch.testing.assert_close(tensor, expected, rtol=1e-4, atol=1e-5)
@@ -57,7 +58,7 @@ def test_outputs_have_a_channel_per_anchor_and_value(num_anchors):
         (2, num_anchors * 5, 2, 3),
     ]
     assert found.deltas[1].shape == (2, num_anchors * 4, 2, 3)
-    assert found.centerness[0].shape == (2, num_anchors, 4, 6)
+    assert found.quality[0].shape == (2, num_anchors, 4, 6)
 
 
 def test_flattening_puts_anchors_in_row_column_anchor_order():
@@ -81,13 +82,13 @@ def test_switches_remove_their_parameters():
     names = [name for name, _ in head.named_parameters()]
     assert not any("scale" in n or "centerness" in n or "tower.1" in n for n in names)
     assert "cls_tower.0.bias" not in names
-    assert head([torch.rand(1, 16, 2, 2)] * 5).centerness is None
+    assert head([torch.rand(1, 16, 2, 2)] * 5).quality is None
 
 
 @pytest.mark.parametrize(
     "changes, words",
     [
-        ({"norm": "LN"}, r"Unknown norm 'LN'.*'GN'"),
+        ({"norm": "LN"}, r"norm to be one of .*'GN'.*got 'LN'"),
         ({"in_channels": 48}, "32 groups, which do not divide in_channels=48"),
         ({"num_classes": 0}, "num_classes >= 1, got 0"),
         ({"num_anchors": 0}, "num_anchors"),

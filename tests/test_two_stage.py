@@ -4,6 +4,7 @@ import pytest
 import torch
 from atss import ATSS, ATSSDetector
 from atss.model_zoo import get_config
+from atss.postprocessing import DetectionSelector
 from atss.training.yaml_config import load_yaml_config
 from conftest import REPO, make_input
 
@@ -113,9 +114,9 @@ def test_losses_of_the_first_stage_are_those_of_a_one_class_detector():
     instances = [x["instances"] for x in inputs_of("faster")]
     features = model.backbone(images.tensor)
     proposals, losses = core(images, features, instances)
-    selector, core.proposal_selector = core.proposal_selector, None
+    selector, core.selector = core.selector, DetectionSelector()
     nothing, plain = core(images, features, instances)
-    core.proposal_selector = selector
+    core.selector = selector
 
     assert nothing == [] and len(proposals) == 2
     assert {name.replace("loss_rpn_", "loss_") for name in losses} == set(plain)
@@ -167,7 +168,7 @@ def test_yaml_reads_the_numbers_of_rpn_and_one_class_whatever_num_classes_says()
     cfg.MODEL.PROPOSAL_GENERATOR.MIN_SIZE = 3
     core = build_model(cfg).proposal_generator
     assert isinstance(core, ATSS) and core.num_classes == core.head.num_classes == 1
-    selector = core.proposal_selector
+    selector = core.selector
     assert (selector.pre_nms_topk, selector.post_nms_topk) == ((11, 12), (7, 8))
     assert (selector.nms_thresh, selector.min_box_size) == (0.65, 3)
 
@@ -177,7 +178,7 @@ def test_the_one_stage_detector_stays_one():
     cfg.MODEL.DEVICE = "cpu"
     model = build_model(cfg)
     assert isinstance(model, ATSSDetector)
-    assert model.proposal_generator.proposal_selector is None
+    assert not model.proposal_generator.selector.is_first_stage
     assert model.proposal_generator.num_classes == 6
 
 

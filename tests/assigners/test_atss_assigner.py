@@ -142,7 +142,7 @@ def test_anchor_claimed_by_two_objects_goes_to_the_higher_priority():
 
     assert assignment.match_labels.tolist() == [[1, 0]]  # nobody claims the second anchor
     assert assignment.matched_idxs[0, 0] == 1  # 0.6 > 0.4
-    assert assignment.claims.is_won.tolist() == [[False, False], [True, False]]
+    assert assignment.is_positive.tolist() == [False, False, True, False]
 
 
 @pytest.mark.parametrize("priorities, winner", [([0.5, 0.5], 0), ([-3.0, -2.0], 1), ([-1, 0.0], 1)])
@@ -206,7 +206,7 @@ def test_object_without_candidate_inside_gets_no_anchor_and_is_counted():
     tiny = torch.tensor([[10.0, 10.0, 11.0, 11.0]])  # no location lies in a pixel off the lattice
     assignment = ATSSAssigner()(grid, [Boxes(tiny)])
     assert (assignment.match_labels == 1).sum() == 0
-    assert assignment.claims.objects_without_positives() == 1
+    assert assignment.objects_without_positives().tolist() == [True]
 
 
 def test_min_positives_rescues_an_object_with_its_best_candidate():
@@ -219,15 +219,15 @@ def test_min_positives_rescues_an_object_with_its_best_candidate():
     assert (owners(rescued) == 1).sum() >= (owners(plain) == 0).sum() - 1
 
 
-def test_claims_name_every_positive_exactly_once():
+def test_samples_name_every_positive_exactly_once():
     grid = make_grid(160, 160)
     batch = [Boxes(random_boxes(n, 160, 160)) for n in (5, 2)]
     assignment = ATSSAssigner()(grid, batch)
-    claims = assignment.claims
-    won = torch.zeros_like(assignment.match_labels, dtype=torch.int64)
-    images = claims.image_idxs.unsqueeze(1).expand_as(claims.anchor_idxs)
-    won.index_put_((images, claims.anchor_idxs), claims.is_won.long(), accumulate=True)
-    assert torch.equal(won, (assignment.match_labels == 1).long())
+    counts = torch.zeros_like(assignment.match_labels, dtype=torch.int64)
+    places = assignment.image_idxs, assignment.anchor_idxs
+    counts.index_put_(places, assignment.is_positive.long(), accumulate=True)
+    assert torch.equal(counts, (assignment.match_labels == 1).long())
+    assert assignment.object_idxs.unique().tolist() == list(range(7))
 
 
 @pytest.mark.parametrize("topk", [0, -1, 1.5, True, "9"])

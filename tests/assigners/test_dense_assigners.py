@@ -182,15 +182,14 @@ def test_topk_gives_equal_overlaps_to_the_nearer_anchor():
     assert object_of_each_anchor(assigner(anchors, [gt_boxes])) == [[-1, 0]]
 
 
-def test_topk_names_its_positives_in_sparse_form_exactly_once():
+def test_topk_names_its_positives_exactly_once_among_few_samples():
     layout = random_layout(7)
     assignment = TopKAssigner(topk=3)(grid_of(layout), [to_boxes(boxes) for boxes in layout.images])
-    claims = assignment.claims
-    images = claims.image_idxs.unsqueeze(1).expand_as(claims.anchor_idxs)[claims.is_won]
-    slots = torch.stack((images, claims.anchor_idxs[claims.is_won]), dim=1)
+    places = torch.stack((assignment.image_idxs, assignment.anchor_idxs), dim=1)
+    assert len(places) == 3 * sum(len(boxes) for boxes in layout.images)
     expected = assignment.match_labels.nonzero()
     assert len(expected) > 3
-    assert sorted(slots.tolist()) == expected.tolist()
+    assert sorted(places[assignment.is_positive].tolist()) == expected.tolist()
 
 
 ALL_RULES = [
@@ -219,6 +218,20 @@ def test_image_without_objects_is_all_background(assigner):
     assert (assignment.match_labels[0] == 0).all() and (assignment.match_labels[2] == 0).all()
     assert (assignment.match_labels[1] == 1).any()
     assert (assigner(two_levels(), [nothing, nothing]).match_labels == 0).all()
+
+
+@pytest.mark.parametrize("assigner", ALL_RULES, ids=lambda a: type(a).__name__)
+def test_no_sample_is_positive_and_ignored_and_a_batch_without_objects_has_none(assigner):
+    boxes = Boxes(torch.tensor([[10.0, 10.0, 60.0, 50.0], [0.0, 0.0, 20.0, 30.0]]))
+    nothing = Boxes(torch.zeros(0, 4))
+    assignment = assigner(two_levels(), [boxes, nothing])
+    if assignment.is_ignored is not None:
+        ignored = assignment.is_ignored[assignment.image_idxs, assignment.anchor_idxs]
+        assert not (ignored & assignment.is_positive).any()
+    assert (assignment.object_idxs < 2).all() and assignment.num_objects == [2, 0]
+    empty = assigner(two_levels(), [nothing, nothing])
+    assert len(empty.anchor_idxs) == len(empty.object_idxs) == 0
+    assert empty.objects_without_positives().shape == (0,)
 
 
 @pytest.mark.parametrize("assigner", ALL_RULES, ids=lambda a: type(a).__name__)

@@ -185,7 +185,7 @@ def test_converted_head_gives_the_outputs_of_the_authors(case, fields):
     for i in range(5):
         logits, centerness = (torch.from_numpy(fields[f"{name}{i}"]) for name in ("cls", "ctr"))
         torch.testing.assert_close(found.logits[i], logits, rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(found.centerness[i], centerness, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(found.quality[i], centerness, rtol=1e-4, atol=1e-5)
 
 
 def test_another_architecture_is_refused_with_a_name():

@@ -17,6 +17,7 @@ from atss.export.matching import match_detections
 from atss.export.metadata import describe, write_metadata
 from atss.export.modules import detect_as_tensors
 from atss.export.samples import spread_scores, synthetic_image
+from atss.postprocessing import DetectionSelector
 from conftest import REPO, tiny_detector
 from test_two_stage import lazy_model
 from torch import nn
@@ -89,12 +90,14 @@ VARIANTS = {
     "box": {},
     "point": dict(box2box_transform=PointToBoxTransform(), head=dict(bbox_bias=4.0)),
     "no centerness": dict(head=dict(centerness=False)),
-    "product of scores": dict(sqrt_score=False),
+    "product of scores": dict(selector=DetectionSelector(sqrt_score=False)),
     "converted weights": dict(box_offset=0.5),
     "deformable": dict(head=dict(deformable=True)),
     "nine anchors": dict(num_anchors=9),
     # Thousands of candidates: torchvision's batched_nms then takes another way if not traced.
-    "80 classes, all kept": dict(num_classes=80, score_thresh=0.01, detections_per_image=-1),
+    "80 classes, all kept": dict(
+        num_classes=80, selector=DetectionSelector(score_thresh=0.01, detections_per_image=-1)
+    ),
 }
 
 
@@ -105,7 +108,11 @@ def variant(request):
 
 @pytest.fixture(scope="module")
 def model():
-    return detector(num_classes=20, head=dict(deformable=True), detections_per_image=300)
+    return detector(
+        num_classes=20,
+        head=dict(deformable=True),
+        selector=DetectionSelector(detections_per_image=300),
+    )
 
 
 @pytest.fixture(scope="module")

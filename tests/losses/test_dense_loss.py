@@ -7,26 +7,28 @@ import pytest
 import torch
 from atss.assigners import ATSSAssigner
 from atss.box_regression import Box2BoxTransform
-from atss.head import DensePredictions, flatten_levels
-from atss.losses.classification import focal_loss_sum
-from atss.losses.dense import DenseLoss, elementwise_giou_loss
-from atss.slots import locate
-from atss.targets import Targets, centerness_targets, label_anchors
+from atss.losses import DenseLoss, FocalLoss, QualityFocalLoss
+from atss.losses.boxes import elementwise_giou_loss
+from atss.predictions import DensePredictions, Places, flatten_levels
+from atss.targets import centerness_targets, label_anchors
 from conftest import (
     STRIDES,
+    boxes_of,
     golden_cases,
     golden_grid,
     grown,
+    labels_of,
     make_grid,
     make_input,
     make_instances,
     random_boxes,
+    targets_of_anchors,
     tiny_detector,
 )
 from reference import binary_cross_entropy, centerness, focal_loss, giou
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from detectron2.structures import Boxes, ImageList
+from detectron2.structures import ImageList
 
 WEIGHTS = (10.0, 10.0, 5.0, 5.0)
 
@@ -37,7 +39,18 @@ def random_predictions(grid, num_images, num_classes, requires_grad=False):
         return [t.requires_grad_(requires_grad) for t in tensors]
 
     num_cells = grid.num_cell_anchors
-    return DensePredictions(maps(num_cells * num_classes), maps(num_cells * 4), maps(num_cells))
+    return DensePredictions(
+        maps(num_cells * num_classes), maps(num_cells * 4), maps(num_cells), num_cells
+    )
+
+
+def leaves(predictions):
+    quality = predictions.quality or []
+    return [*predictions.logits, *predictions.deltas, *quality]
+
+
+def without_quality(predictions):
+    return dataclasses.replace(predictions, quality=None)
 
 
 def make_targets(grid, batch, num_classes, assigner=None):
@@ -45,18 +58,6 @@ def make_targets(grid, batch, num_classes, assigner=None):
         make_instances(boxes, torch.randint(num_classes, (len(boxes),))) for boxes in batch
     ]
     return label_anchors(assigner or ATSSAssigner(), grid, instances, num_classes)
-
-
-def dense_focal_loss(levels, labels, num_cells=1, **settings):
-    """`focal_loss_sum` with every anchor as a slot; labels (N, R) in {-1, 0..K}."""
-    num_classes = levels[0].shape[1] // num_cells
-    images, anchor_idxs = torch.meshgrid(*(torch.arange(n) for n in labels.shape), indexing="ij")
-    sizes = [level.shape[-2:] for level in levels]
-    slots = locate(images.flatten(), anchor_idxs.flatten(), sizes, num_cells)
-    is_positive = ((labels >= 0) & (labels < num_classes)).flatten()
-    return focal_loss_sum(
-        levels, slots, labels.flatten(), is_positive, num_cells, labels < 0, **settings
-    )
 
 
 class LegacyTransform:
@@ -92,13 +93,14 @@ def test_losses_and_gradients_are_those_of_the_authors_release(case, fields):
         labels.append(torch.where(index >= 0, classes, torch.tensor(case["num_classes"])))
         # Centerness and GIoU of the release work on the boxes as they are, not grown.
         boxes.append(torch.as_tensor(fields[f"gt_boxes{i}"])[index.clamp(min=0)])
-    targets = Targets(torch.stack(labels), torch.stack(boxes))
+    targets = targets_of_anchors(torch.stack(labels), torch.stack(boxes), case["num_classes"])
     loss = DenseLoss(
         LegacyTransform(case["regression_type"]),
         case["num_classes"],
         box_loss_weight=case["reg_loss_weight"],
     )
-    losses = loss(DensePredictions(maps["cls"], maps["reg"], maps["ctr"]), grid, targets)
+    predictions = DensePredictions(maps["cls"], maps["reg"], maps["ctr"], grid.num_cell_anchors)
+    losses = loss(predictions, grid, targets)
     for ours, theirs in (
         ("loss_cls", "loss_cls"),
         ("loss_box_reg", "loss_reg"),
@@ -121,7 +123,17 @@ def test_parts_of_the_loss_are_those_of_the_authors_release():
             num_rows, num_classes = logits.shape
             logits.requires_grad_()
             labels = torch.where(targets == 0, num_classes, targets.clamp(min=0) - 1)
-            total = dense_focal_loss([logits.view(num_rows, num_classes, 1, 1)], labels.view(-1, 1))
+            images = torch.arange(num_rows)
+            places = Places.of(make_grid(8, 8, num_levels=1), images, torch.zeros_like(images))
+            total = FocalLoss()(
+                [logits.view(num_rows, num_classes, 1, 1)],
+                places,
+                labels.clamp(0, num_classes - 1),
+                torch.ones(num_rows),
+                (labels >= 0) & (labels < num_classes),
+                1,
+                (labels < 0).view(-1, 1),
+            )
             torch.testing.assert_close(
                 total, torch.as_tensor(fields["loss_sum"]), rtol=1e-5, atol=0
             )
@@ -150,19 +162,23 @@ def test_losses_agree_with_loops_over_all_anchors():
     losses = DenseLoss(transform, num_classes)(predictions, grid, targets)
 
     anchors = torch.cat([b.tensor for b in grid.boxes])
-    logits, deltas, ctr = (flatten_levels(maps, 1) for maps in predictions)
+    logits, deltas, ctr = (
+        flatten_levels(maps, 1)
+        for maps in (predictions.logits, predictions.deltas, predictions.quality)
+    )
+    labels, boxes = labels_of(targets, num_classes), boxes_of(targets)
     total_cls = total_box = total_ctr = center_sum = 0.0
     num_positives = 0
     for image in range(2):
         decoded = transform.apply_deltas(deltas[image], anchors)
-        for r, label in enumerate(targets.labels[image].tolist()):
+        for r, label in enumerate(labels[image].tolist()):
             total_cls += sum(
                 focal_loss(logits[image, r, k].item(), k == label) for k in range(num_classes)
             )
             if label == num_classes:
                 continue
             num_positives += 1
-            box = targets.boxes[image, r].tolist()
+            box = boxes[image, r].tolist()
             weight = centerness(anchors[r].tolist(), box)
             center_sum += weight
             total_box += weight * (1 - giou(decoded[r].tolist(), box))
@@ -179,55 +195,40 @@ def test_losses_agree_with_loops_over_all_anchors():
 
 @pytest.mark.parametrize("box_loss", ["giou", "smooth_l1"])
 @pytest.mark.parametrize("with_centerness", [True, False])
-def test_sparse_claims_and_dense_labels_give_the_same_losses(box_loss, with_centerness):
+def test_samples_of_few_and_of_all_anchors_give_the_same_losses(box_loss, with_centerness):
     grid = make_grid(96, 96)
     targets = make_targets(grid, [random_boxes(5, 96, 96), torch.zeros(0, 4)], 4)
-    dense = Targets(targets.labels, targets.boxes)
-    loss = DenseLoss(Box2BoxTransform(WEIGHTS), 4, box_loss=box_loss, centerness=with_centerness)
+    labels = labels_of(targets, 4)
+    assert ((labels >= 0) & (labels < 4)).sum() > 5
+    dense = targets_of_anchors(labels, boxes_of(targets), 4)
+    loss = DenseLoss(Box2BoxTransform(WEIGHTS), 4, box_loss=box_loss)
     predictions = random_predictions(grid, 2, 4, requires_grad=True)
+    if not with_centerness:
+        predictions = without_quality(predictions)
     both = []
     for kind in (targets, dense):
         losses = loss(predictions, grid, kind)
-        leaves = [t for maps in predictions[: 3 if with_centerness else 2] for t in maps]
-        both.append((losses, torch.autograd.grad(sum(losses.values()), leaves)))
+        both.append((losses, torch.autograd.grad(sum(losses.values()), leaves(predictions))))
     for name in both[0][0]:
         torch.testing.assert_close(both[0][0][name], both[1][0][name])
     for first, second in zip(both[0][1], both[1][1]):
         torch.testing.assert_close(first, second)
 
 
-@pytest.mark.parametrize("num_classes", [1, 4])
-def test_sparse_and_dense_assignments_make_the_same_targets(num_classes):
-    grid = make_grid(96, 96)
-    batch = [random_boxes(5, 96, 96), torch.zeros(0, 4), random_boxes(3, 96, 96)]
-    instances = [make_instances(b, torch.randint(num_classes, (len(b),))) for b in batch]
-    sparse = label_anchors(ATSSAssigner(), grid, instances, num_classes)
-
-    def forget_claims(anchors, gt_boxes):
-        return dataclasses.replace(ATSSAssigner()(anchors, gt_boxes), claims=None)
-
-    dense = label_anchors(forget_claims, grid, instances, num_classes)
-    assert sparse.claims is not None and dense.claims is None
-    assert torch.equal(sparse.labels, dense.labels)
-    is_positive = sparse.labels < num_classes
-    assert is_positive.sum() > 10
-    assert torch.equal(sparse.boxes[is_positive], dense.boxes[is_positive])
-
-
 def test_sums_are_divided_by_no_less_than_one_positive_and_the_sum_of_centerness():
     grid = make_grid(64, 64, num_levels=1)
     predictions = random_predictions(grid, 1, 2)
     loss = DenseLoss(Box2BoxTransform(WEIGHTS), 2)
-    nothing = Targets(torch.full((1, 64), 2), torch.zeros(1, 64, 4))
+    labels = torch.full((1, 64), 2)
+    nothing = targets_of_anchors(labels, torch.zeros(1, 64, 4), 2)
     expected = sum(focal_loss(x, False) for x in predictions.logits[0].flatten().tolist())
     found = loss(predictions, grid, nothing)["loss_cls"].item()
     assert found == pytest.approx(expected, rel=1e-4)
 
     # One positive whose centre, (4, 4), lies near a corner of its object: centerness 1/1000.
-    labels = nothing.labels.clone()
     labels[0, 0] = 1
     box = torch.tensor([3.0, 3.0, 1004.0, 1004.0])
-    targets = Targets(labels, box.expand(1, 64, 4).clone())
+    targets = targets_of_anchors(labels, box.expand(1, 64, 4).clone(), 2)
     anchor, delta = grid.boxes[0].tensor[:1], predictions.deltas[0][0, :, 0, 0].view(1, 4)
     decoded = Box2BoxTransform(WEIGHTS).apply_deltas(delta, anchor)[0].tolist()
     found = loss(predictions, grid, targets)["loss_box_reg"].item()
@@ -238,7 +239,8 @@ def test_ignored_anchors_have_no_influence():
     grid = make_grid(64, 64, num_levels=1)
     labels = torch.full((1, 64), 2)
     labels[0, 5], labels[0, 7] = -1, 0
-    targets = Targets(labels, torch.tensor([8.0, 8.0, 40.0, 40.0]).expand(1, 64, 4).clone())
+    boxes = torch.tensor([8.0, 8.0, 40.0, 40.0]).expand(1, 64, 4).clone()
+    targets = targets_of_anchors(labels, boxes, 2)
     predictions = random_predictions(grid, 1, 2, requires_grad=True)
     losses = DenseLoss(Box2BoxTransform(WEIGHTS), 2)(predictions, grid, targets)
     sum(losses.values()).backward()
@@ -250,17 +252,17 @@ def test_ignored_anchors_have_no_influence():
 def test_without_centerness_positives_count_alike():
     grid = make_grid(96, 96)
     targets = make_targets(grid, [random_boxes(5, 96, 96)], 4)
-    predictions = random_predictions(grid, 1, 4)
-    losses = DenseLoss(Box2BoxTransform(WEIGHTS), 4, centerness=False)(predictions, grid, targets)
+    predictions = without_quality(random_predictions(grid, 1, 4))
+    losses = DenseLoss(Box2BoxTransform(WEIGHTS), 4)(predictions, grid, targets)
     assert set(losses) == {"loss_cls", "loss_box_reg"}
     anchors = torch.cat([b.tensor for b in grid.boxes])
-    positive = targets.labels[0] < 4
+    positive = labels_of(targets, 4)[0] < 4
     boxes = Box2BoxTransform(WEIGHTS).apply_deltas(
         flatten_levels(predictions.deltas, 1)[0], anchors
     )
+    gt_boxes = boxes_of(targets)[0]
     values = [
-        1 - giou(boxes[i].tolist(), targets.boxes[0, i].tolist())
-        for i in positive.nonzero().flatten()
+        1 - giou(boxes[i].tolist(), gt_boxes[i].tolist()) for i in positive.nonzero().flatten()
     ]
     assert losses["loss_box_reg"].item() == pytest.approx(2 * np.mean(values), rel=1e-4)
 
@@ -274,15 +276,14 @@ def test_batch_without_objects_has_finite_losses_and_zero_box_gradients(box_loss
     sum(losses.values()).backward()
     assert all(value.isfinite() for value in losses.values())
     assert losses["loss_box_reg"] == 0 and losses["loss_centerness"] == 0
-    for maps in predictions:
-        assert all(t.grad is not None and t.grad.isfinite().all() for t in maps)
+    assert all(t.grad is not None and t.grad.isfinite().all() for t in leaves(predictions))
 
 
 def test_losses_are_float32_and_finite_from_bfloat16_predictions():
     grid = make_grid(64, 64)
     targets = make_targets(grid, [random_boxes(3, 64, 64)], 3)
     full = random_predictions(grid, 1, 3)
-    half = DensePredictions(*([t.bfloat16() for t in maps] for maps in full))
+    half = full.map(torch.Tensor.bfloat16)
     loss = DenseLoss(Box2BoxTransform(WEIGHTS), 3)
     with torch.autocast("cpu", torch.bfloat16):
         losses = loss(half, grid, targets)
@@ -314,7 +315,7 @@ def test_assignment_and_loss_never_wait_for_the_gpu(box_loss):
         targets = label_anchors(ATSSAssigner(), grid, instances, 3)
         sum(loss(predictions, grid, targets).values()).backward()
     with pytest.raises(AssertionError, match="waits"), ForbidWaiting():
-        targets.labels.sum().item()  # the guard works
+        targets.classes.sum().item()  # the guard works
 
 
 def test_training_step_of_the_dense_core_never_waits_for_the_gpu():
@@ -353,28 +354,30 @@ def test_centerness_is_one_in_the_middle_and_zero_on_or_beyond_an_edge():
     assert centerness_targets(anchors[3:], torch.tensor([[8.0, 8.0, 8.0, 8.0]])) == 0
 
 
-def test_labels_are_classes_background_or_ignore():
-    class Rule:
-        def __call__(self, anchors, gt_boxes):
-            from atss.assigners import Assignment
-
-            return Assignment(torch.tensor([[0, 1, 0]]), torch.tensor([[1, 1, -1]]).to(torch.int8))
-
-    boxes = torch.tensor([[0.0, 0, 4, 4], [1, 1, 9, 9]])
-    instances = [make_instances(boxes, [2, 1])]
-    targets = label_anchors(Rule(), [Boxes(torch.rand(3, 4))], instances, 5)
-    assert targets.labels.tolist() == [[2, 1, -1]]
-    assert torch.equal(targets.boxes[0, :2], boxes)
-    agnostic = label_anchors(Rule(), [Boxes(torch.rand(3, 4))], instances, 1)
-    assert agnostic.labels.tolist() == [[0, 0, -1]]
+@pytest.mark.parametrize("num_classes", [1, 4])
+def test_each_sample_learns_class_and_box_of_its_object(num_classes):
+    grid = make_grid(96, 96)
+    batch = [random_boxes(5, 96, 96), torch.zeros(0, 4), random_boxes(3, 96, 96)]
+    instances = [make_instances(b, torch.randint(4, (len(b),))) for b in batch]
+    targets = label_anchors(ATSSAssigner(), grid, instances, num_classes)
+    labels, boxes = labels_of(targets, num_classes), boxes_of(targets)
+    matched_idxs, match_labels = targets.assignment.matched_idxs, targets.assignment.match_labels
+    assert (match_labels == 1).sum() > 10
+    for image, anchor in (match_labels == 1).nonzero().tolist():
+        g = matched_idxs[image, anchor]
+        expected = instances[image].gt_classes[g] if num_classes > 1 else 0
+        assert labels[image, anchor] == expected
+        assert torch.equal(boxes[image, anchor], instances[image].gt_boxes.tensor[g])
+    assert (labels[match_labels == 0] == num_classes).all()
 
 
 @pytest.mark.parametrize(
     "changes, words",
     [
-        ({"box_loss": "iou"}, r"'iou'.*box_loss.*giou.*smooth_l1"),
-        ({"focal_alpha": 1.5}, r"focal_alpha in \[0, 1\], got 1.5"),
-        ({"focal_gamma": -1}, "focal_gamma"),
+        ({"box_loss": "iou"}, r"box_loss.*giou.*smooth_l1.*got 'iou'.*model.loss.box_loss"),
+        ({"quality": "ctr"}, r"quality.*centerness.*got 'ctr'"),
+        ({"box_weighting": "area"}, "box_weighting.*score.*got 'area'"),
+        ({"class_normalizer": "sum"}, "class_normalizer.*targets.*got 'sum'"),
         ({"num_classes": 0}, "num_classes"),
     ],
 )
@@ -382,3 +385,31 @@ def test_settings_out_of_range_are_refused(changes, words):
     settings = {"box2box_transform": Box2BoxTransform(WEIGHTS), "num_classes": 3, **changes}
     with pytest.raises(ValueError, match=words):
         DenseLoss(**settings)
+
+
+def test_class_loss_settings_out_of_range_are_refused():
+    with pytest.raises(ValueError, match=r"alpha in \[0, 1\], got 1.5.*classification.alpha"):
+        FocalLoss(alpha=1.5)
+    with pytest.raises(ValueError, match="gamma >= 0, got -1"):
+        FocalLoss(gamma=-1)
+    with pytest.raises(ValueError, match="beta >= 0, got -1"):
+        QualityFocalLoss(beta=-1)
+
+
+@pytest.mark.parametrize("output, channels", [("deltas", 68), ("logits", 4), ("quality", 2)])
+def test_maps_with_more_channels_than_anchors_ask_for_are_refused(output, channels):
+    grid = make_grid(64, 64)
+    predictions = random_predictions(grid, 1, 3)
+    odd = [torch.zeros(1, channels, *size) for size in grid.grid_sizes]
+    predictions = dataclasses.replace(predictions, **{output: odd})
+    targets = make_targets(grid, [random_boxes(3, 64, 64)], 3)
+    with pytest.raises(ValueError, match=f"{output} have {channels} channels.*A = 1.*extra"):
+        DenseLoss(Box2BoxTransform(WEIGHTS), 3)(predictions, grid, targets)
+
+
+def test_quality_branch_that_nothing_would_train_is_refused():
+    grid = make_grid(64, 64)
+    targets = make_targets(grid, [random_boxes(3, 64, 64)], 3)
+    loss = DenseLoss(Box2BoxTransform(WEIGHTS), 3, quality=None)
+    with pytest.raises(ValueError, match="quality=None.*quality branch"):
+        loss(random_predictions(grid, 1, 3), grid, targets)

@@ -1,17 +1,23 @@
-"""The streaming focal loss: against loops, in every memory layout, dtype and way of running."""
+"""The streamed class losses: against loops, in every memory layout, dtype and way of running."""
 
 import warnings
 
 import pytest
 import torch
+from atss.anchors import AnchorGrid
 from atss.device import Fused
+from atss.losses import FocalLoss
 from atss.losses import classification as module
-from atss.losses.classification import focal_loss_sum
-from atss.slots import locate, take
+from atss.predictions import Places, read_maps
 from reference import focal_loss
 
 SIZES = ((4, 6), (2, 3), (1, 1))  # rows, columns of three levels
 NUM_IMAGES = 2
+
+
+def places_of(images, anchor_idxs, num_cells):
+    cells = [torch.tensor([[-4.0, -4.0, 4.0, 4.0]] * num_cells)] * len(SIZES)
+    return Places.of(AnchorGrid(SIZES, (8, 16, 32), cells), images, anchor_idxs)
 
 
 def make_logits(num_cells=1, num_classes=5, scale=2.0):
@@ -29,20 +35,22 @@ def make_labels(num_cells=1, num_classes=5, ignored=False):
 
 
 def loss_of(logits, labels, num_cells=1, sparse=False, **settings):
-    """With every anchor as a slot; or as rules with few candidates have them, some not positive."""
+    """With every anchor as a sample, or as rules with few candidates have them."""
     num_classes = logits[0].shape[1] // num_cells
     is_positive = (labels >= 0) & (labels < num_classes)
-    slots = is_positive | (torch.arange(labels.shape[1]) % 7 == 0) if sparse else labels > -2
-    images, anchor_idxs = slots.nonzero().unbind(dim=1)
+    samples = is_positive | (torch.arange(labels.shape[1]) % 7 == 0) if sparse else labels > -2
+    images, anchor_idxs = samples.nonzero().unbind(dim=1)
     if sparse:  # a candidate of two objects: not positive the second time
         images, anchor_idxs = images.repeat(2), anchor_idxs.repeat(2)
     is_positive = is_positive[images, anchor_idxs]
     if sparse:
         is_positive[len(is_positive) // 2 :] = False
-    places = locate(images, anchor_idxs, [level.shape[-2:] for level in logits], num_cells)
-    classes = labels[images, anchor_idxs]
+    places = places_of(images, anchor_idxs, num_cells)
+    classes = labels[images, anchor_idxs].clamp(0, num_classes - 1)
     ignored = labels < 0 if (labels < 0).any() else None
-    return focal_loss_sum(logits, places, classes, is_positive, num_cells, ignored, **settings)
+    ones = torch.ones(classes.shape)
+    loss = FocalLoss(**settings)
+    return loss(logits, places, classes, ones, is_positive, num_cells, ignored)
 
 
 def loss_by_loops(logits, labels, num_cells, alpha=0.25, gamma=2.0):
@@ -120,8 +128,8 @@ def test_large_infinite_and_missing_logits_show_in_the_value():
     for value in (float("inf"), float("nan")):
         logits[0][0, 0, 0, 0] = value
         assert not loss_of(logits, labels).isfinite()
-    labels[0, 0] = -1  # ignored, but a NaN is a NaN
-    assert not loss_of(logits, labels).isfinite()
+    labels[0, 0] = -1  # ignored: nothing there has any influence
+    assert loss_of(logits, labels).isfinite()
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.bfloat16, 1e-2), (torch.float16, 2e-3)])
@@ -198,11 +206,13 @@ def test_compiled_model_code_gives_the_same_value_and_gradient(ignored):
     logits, labels = make_logits(3), make_labels(3, ignored=ignored)
     is_positive = ((labels >= 0) & (labels < 5)).flatten()
     images, anchor_idxs = (labels > -2).nonzero().unbind(dim=1)
-    places = locate(images, anchor_idxs, SIZES, 3)
+    places = places_of(images, anchor_idxs, 3)
     mask = labels < 0 if ignored else None
+    classes = labels.flatten().clamp(0, 4)
+    ones = torch.ones(classes.shape)
 
     def step(*levels):
-        return 2 * focal_loss_sum(levels, places, labels.flatten(), is_positive, 3, mask)
+        return 2 * FocalLoss()(levels, places, classes, ones, is_positive, 3, mask)
 
     expected = torch.autograd.grad(step(*logits), logits)
     torch._dynamo.reset()
@@ -216,9 +226,9 @@ def test_compiled_model_code_gives_the_same_value_and_gradient(ignored):
 @pytest.mark.parametrize("gamma", [0.5, 1.0, 2.0])
 def test_form_for_compilers_has_the_right_gradient_everywhere(gamma):
     x = torch.tensor([-300.0, -60.0, -3.0, 0.0, 3.0, 60.0, 300.0], requires_grad=True)
-    (found,) = torch.autograd.grad(module._negative_sum(x, None, None, 0.25, gamma), x)
+    (found,) = torch.autograd.grad(module._background_sum(x, None, None, 0.75, gamma), x)
     taken = torch.empty(len(x))
-    module._negative_sum(x.detach(), None, taken, 0.25, gamma)
+    module._background_sum(x.detach(), None, taken, 0.75, gamma)
     torch.testing.assert_close(found, taken, rtol=1e-5, atol=1e-7)
     p = x.detach().double().sigmoid()
     softplus = torch.nn.functional.softplus(x.detach().double())
@@ -244,15 +254,17 @@ def test_the_form_for_the_gpu_agrees_with_the_one_for_the_cpu(monkeypatch, form)
     logits = make_logits(3)
     expected = torch.autograd.grad(loss_of(logits, labels, 3), logits)
 
-    def whole_levels(levels, weights, grads, alpha, gamma):
+    def whole_levels(values, masks, grads, weight, gamma):
+        levels = [module._masked_view(x, mask) for x, mask in zip(values, masks)]
         views = [None if g is None else g[:-1].view(x.shape) for g, x in zip(grads, levels)]
         sums = [
-            module._negative_sum(x, w, g, alpha, gamma) for x, w, g in zip(levels, weights, views)
+            module._background_sum(x, mask, g, weight, gamma)
+            for x, mask, g in zip(levels, masks, views)
         ]
         return torch.stack(sums).sum()
 
     value = loss_of(logits, labels, 3)
-    monkeypatch.setattr(module, "_sum_as_negatives", whole_levels)
+    monkeypatch.setattr(module, "_sum_as_background", whole_levels)
     other = loss_of(logits, labels, 3)
     torch.testing.assert_close(other, value)
     for found, gradient in zip(torch.autograd.grad(other, logits), expected):
@@ -285,7 +297,7 @@ def test_values_are_taken_from_where_each_anchor_lies():
     flat = torch.cat(flat, dim=1)  # (N, R, 4)
     images = torch.randint(NUM_IMAGES, (40,))
     anchor_idxs = torch.randint(flat.shape[1], (40,))
-    found = take(maps, locate(images, anchor_idxs, SIZES, num_cells), num_cells)
+    found = read_maps(maps, places_of(images, anchor_idxs, num_cells), num_cells)
     assert torch.equal(found, flat[images, anchor_idxs])
     weights = torch.randn(40, 4)
     ours = torch.autograd.grad((found * weights).sum(), maps)

@@ -1,12 +1,14 @@
 """From raw predictions to detections."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
 from atss.box_regression import Box2BoxTransform
-from atss.head import DensePredictions, flatten_level
-from atss.postprocessing import traceable
-from atss.postprocessing.eager import Candidates, detect, select_candidates, suppress
+from atss.postprocessing import Detections, DetectionSelector
+from atss.postprocessing.eager import select_candidates, suppress
+from atss.predictions import DensePredictions, flatten_level
 from conftest import golden_cases, golden_grid, make_grid, random_boxes
 from reference import detections
 
@@ -14,6 +16,14 @@ from detectron2.structures import Boxes
 
 WEIGHTS = (10.0, 10.0, 5.0, 5.0)
 DECODE = Box2BoxTransform(WEIGHTS).apply_deltas
+
+
+def decode_half_a_pixel_off(deltas, anchors):
+    return DECODE(deltas, anchors) + 0.5
+
+
+def detect(predictions, anchors, image_sizes, decode=DECODE, **settings):
+    return DetectionSelector(**settings)(predictions, anchors, image_sizes, decode)
 
 
 @pytest.mark.parametrize(
@@ -28,9 +38,10 @@ def test_detections_are_those_of_the_authors_release(case, fields):
     )
     sizes = [tuple(int(v) for v in size) for size in fields["image_sizes"]]
     found = detect(
-        DensePredictions(*maps), grid.boxes, sizes, DECODE,
-        score_thresh=case["score_thresh"], topk=case["pre_nms_top_n"],
-        nms_thresh=case["nms_thresh"], max_detections=case["detections_per_img"], box_offset=0.5,
+        DensePredictions(*maps, grid.num_cell_anchors), grid.boxes, sizes,
+        decode_half_a_pixel_off,
+        score_thresh=case["score_thresh"], topk_candidates=case["pre_nms_top_n"],
+        nms_thresh=case["nms_thresh"], detections_per_image=case["detections_per_img"],
     )  # fmt: skip
     for i, result in enumerate(found):
         expected = torch.as_tensor(fields[f"out_boxes{i}"]) + torch.tensor([0.0, 0, 1, 1])
@@ -67,19 +78,23 @@ def random_predictions(grid, num_images, num_classes):
     shift = {"logits": -1.0}
     maps = [
         [torch.randn(num_images, c, h, w) * 1.5 + shift.get(n, 0) for h, w in grid.grid_sizes]
-        for n, c in (("logits", num_classes), ("deltas", 4), ("centerness", 1))
+        for n, c in (("logits", num_classes), ("deltas", 4), ("quality", 1))
     ]
-    return DensePredictions(*maps)
+    return DensePredictions(*maps, num_anchors=1)
 
 
 @pytest.mark.parametrize("topk, most", [(1000, 100), (20, 10)])
 def test_detections_agree_with_loops(topk, most):
     grid, size = make_grid(64, 96), (60, 90)
     predictions = random_predictions(grid, 1, 3)
-    (found,) = detect(predictions, grid.boxes, [size], DECODE, topk=topk, max_detections=most)
+    settings = dict(topk_candidates=topk, detections_per_image=most)
+    (found,) = detect(predictions, grid.boxes, [size], **settings)
     levels = []
     for i, anchors in enumerate(grid.boxes):
-        logits, deltas, ctr = (flatten_level(maps[i], 1)[0] for maps in predictions)
+        logits, deltas, ctr = (
+            flatten_level(maps[i], 1)[0]
+            for maps in (predictions.logits, predictions.deltas, predictions.quality)
+        )
         boxes = DECODE(deltas, anchors.tensor)
         boxes = torch.stack([boxes[:, j].clamp(0, size[1 - j % 2]) for j in range(4)], dim=1)
         area = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
@@ -103,6 +118,7 @@ def test_class_score_is_compared_before_centerness_multiplies_in():
         [torch.tensor([0.0, -4.0]).view(1, 1, 1, 2)],
         [torch.zeros(1, 4, 1, 2)],
         [torch.tensor([-6.0, 6.0]).view(1, 1, 1, 2)],
+        num_anchors=1,
     )
     anchors = [Boxes(torch.tensor([[0.0, 0, 8, 8], [8, 8, 16, 16]]))]
     (found,) = select_candidates(predictions, anchors, [(16, 16)], DECODE)
@@ -119,6 +135,7 @@ def test_score_just_above_the_threshold_is_a_candidate_and_one_just_below_is_non
         [torch.stack((logit + 1e-5, logit - 1e-5)).view(1, 1, 1, 2)],
         [torch.zeros(1, 4, 1, 2)],
         None,
+        num_anchors=1,
     )
     anchors = [Boxes(torch.tensor([[0.0, 0, 8, 8], [8, 8, 16, 16]]))]
     (found,) = select_candidates(predictions, anchors, [(16, 16)], DECODE)
@@ -137,12 +154,12 @@ def test_fast_and_traceable_detections_are_the_same(num_cells, memory_format):
             for size in sizes
         ]
 
-    predictions = DensePredictions(maps(5, -1.0), maps(4), maps(1))
+    predictions = DensePredictions(maps(5, -1.0), maps(4), maps(1), num_cells)
     anchors = [Boxes(random_boxes(h * w * num_cells, 128, 192)) for h, w in sizes]
-    settings = dict(topk=150, max_detections=60, box_offset=0.5)
+    selector = DetectionSelector(topk_candidates=150, detections_per_image=60)
     image_sizes = [(128, 192), (100, 150)]
-    fast = detect(predictions, anchors, image_sizes, DECODE, **settings)
-    plain = traceable.detect(predictions, anchors, image_sizes, DECODE, **settings)
+    fast = selector(predictions, anchors, image_sizes, decode_half_a_pixel_off)
+    plain = selector.in_graph(predictions, anchors, image_sizes, decode_half_a_pixel_off)
     for ours, other in zip(fast, plain):
         assert len(ours) == 60
         torch.testing.assert_close(ours.pred_boxes.tensor, other.boxes)
@@ -155,7 +172,7 @@ def test_suppression_looks_as_far_as_it_must(copies):
     # 30 copies of each box: the best 40 contain two boxes to keep, so the window has to grow.
     boxes = random_boxes(60, 200, 200).repeat_interleave(copies, dim=0)
     scores = torch.linspace(1, 0.1, len(boxes))
-    candidates = Candidates(boxes, scores, torch.arange(60).repeat_interleave(copies) % 7)
+    candidates = Detections(boxes, scores, torch.arange(60).repeat_interleave(copies) % 7)
     everything = suppress(candidates, 0.6, max_detections=-1)
     assert len(everything) <= 60
     assert torch.equal(suppress(candidates, 0.6, max_detections=10), everything[:10])
@@ -164,7 +181,7 @@ def test_suppression_looks_as_far_as_it_must(copies):
 def test_suppression_is_per_class_and_spares_equal_iou():
     # IoU of the first two is 8 / 16; the third repeats the first in another class.
     boxes = torch.tensor([[0.0, 0, 4, 3], [0, 1, 4, 4], [0, 0, 4, 3]])
-    candidates = Candidates(boxes, torch.tensor([0.9, 0.8, 0.7]), torch.tensor([0, 0, 1]))
+    candidates = Detections(boxes, torch.tensor([0.9, 0.8, 0.7]), torch.tensor([0, 0, 1]))
     assert suppress(candidates, nms_thresh=0.5).tolist() == [0, 1, 2]
     assert suppress(candidates, nms_thresh=0.49).tolist() == [0, 2]
     assert suppress(candidates, nms_thresh=0.5, max_detections=1).tolist() == [0]
@@ -176,8 +193,8 @@ def test_batch_equals_its_images_one_by_one():
     sizes = [(64, 64), (50, 60), (64, 40)]
     together = detect(predictions, grid.boxes, sizes, DECODE)
     for i, size in enumerate(sizes):
-        single = DensePredictions(*([t[i : i + 1] for t in maps] for maps in predictions))
-        (alone,) = detect(single, grid.boxes, [size], DECODE)
+        single = predictions.map(lambda maps, i=i: maps[i : i + 1])
+        (alone,) = detect(single, grid.boxes, [size])
         assert torch.equal(together[i].pred_boxes.tensor, alone.pred_boxes.tensor)
         assert torch.equal(together[i].scores, alone.scores)
 
@@ -185,6 +202,28 @@ def test_batch_equals_its_images_one_by_one():
 def test_image_without_candidates_has_no_detections():
     grid = make_grid(64, 64)
     predictions = random_predictions(grid, 1, 2)
-    empty = predictions._replace(logits=[torch.full_like(t, -20.0) for t in predictions.logits])
-    (found,) = detect(empty, grid.boxes, [(64, 64)], DECODE)
+    logits = [torch.full_like(t, -20.0) for t in predictions.logits]
+    (found,) = detect(dataclasses.replace(predictions, logits=logits), grid.boxes, [(64, 64)])
     assert len(found) == 0 and found.pred_boxes.tensor.shape == (0, 4)
+
+
+@pytest.mark.parametrize(
+    "settings, words",
+    [
+        ({"score_thresh": 2}, r"score_thresh in \[0, 1\], got 2. Change model.selector.score"),
+        ({"nms_thresh": -0.1}, "nms_thresh.*got -0.1"),
+        ({"topk_candidates": 0}, "integer topk_candidates >= 1, got 0"),
+        ({"detections_per_image": 1.5}, "integer detections_per_image"),
+    ],
+)
+def test_settings_out_of_range_are_refused(settings, words):
+    with pytest.raises(ValueError, match=words):
+        DetectionSelector(**settings)
+
+
+def test_head_with_more_outputs_per_anchor_is_refused_and_never_guessed():
+    grid = make_grid(64, 64)
+    predictions = random_predictions(grid, 1, 2)
+    odd = [torch.zeros(1, 68, *size) for size in grid.grid_sizes]  # 17 bins a side
+    with pytest.raises(ValueError, match="deltas have 68 channels, but A\\*4 = 4"):
+        detect(dataclasses.replace(predictions, deltas=odd), grid.boxes, [(64, 64)])

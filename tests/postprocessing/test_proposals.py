@@ -1,7 +1,7 @@
 import pytest
 import torch
-from atss.head import DensePredictions
 from atss.postprocessing.proposals import ProposalSelector, log_scores, log_to_logits
+from atss.predictions import DensePredictions
 
 from detectron2.structures import Boxes
 
@@ -20,7 +20,7 @@ def one_level(logits, centerness=None):
     logits = torch.as_tensor(logits, dtype=torch.float32).view(1, 1, 1, -1)
     if centerness is not None:
         centerness = [torch.as_tensor(centerness, dtype=torch.float32).view(1, 1, 1, -1)]
-    return DensePredictions([logits], [logits.new_zeros(1, 4, 1, logits.shape[3])], centerness)
+    return DensePredictions([logits], [logits.new_zeros(1, 4, 1, logits.shape[3])], centerness, 1)
 
 
 def select(predictions, anchors, training=False, image_size=(100, 1000), **options):
@@ -35,7 +35,7 @@ def test_logit_of_the_final_score_for_numbers_worked_out_by_hand():
     proposals = select(predictions, [far_apart(1)])
     expected = torch.logit(torch.tensor([0.4]))
     torch.testing.assert_close(proposals.objectness_logits, expected)
-    product = log_scores(predictions.logits[0], predictions.centerness[0], sqrt_score=False)
+    product = log_scores(predictions.logits[0], predictions.quality[0], sqrt_score=False)
     torch.testing.assert_close(product.exp(), torch.tensor([[0.16]]))
 
 
@@ -63,7 +63,7 @@ def test_training_and_evaluation_have_numbers_of_their_own():
 
 def test_number_before_nms_counts_per_level():
     predictions = one_level([3, 2, 1])
-    predictions = DensePredictions(predictions.logits * 2, predictions.deltas * 2, None)
+    predictions = DensePredictions(predictions.logits * 2, predictions.deltas * 2, None, 1)
     anchors = far_apart(6)
     proposals = select(predictions, [anchors[:3], anchors[3:]], pre_nms_topk=(2, 2))
     assert len(proposals) == 4
@@ -72,13 +72,13 @@ def test_number_before_nms_counts_per_level():
 def test_nms_works_across_levels():
     predictions = one_level([3])
     predictions = DensePredictions(
-        [predictions.logits[0], predictions.logits[0] + 1], predictions.deltas * 2, None
+        [predictions.logits[0], predictions.logits[0] + 1], predictions.deltas * 2, None, 1
     )
     proposals = select(predictions, [far_apart(1), far_apart(1)])
     assert proposals.objectness_logits.tolist() == pytest.approx([4])
 
 
-def test_boxes_outside_the_image_or_too_small_go():
+def test_boxes_outside_the_image_or_too_small_are_removed():
     boxes = torch.tensor([[0.0, 0, 10, 10], [90, 0, 120, 10], [110, 0, 120, 10], [50, 0, 53, 10]])
     proposals = select(one_level([4, 3, 2, 1]), [boxes], image_size=(50, 100), min_box_size=5.0)
     assert proposals.proposal_boxes.tensor.tolist() == [[0, 0, 10, 10], [90, 0, 100, 10]]
@@ -94,8 +94,8 @@ def test_predictions_that_are_not_finite_stop_training_and_are_left_out_of_evalu
 @pytest.mark.parametrize(
     "options, message",
     [
-        (dict(pre_nms_topk=(0, 1)), "pre_nms_topk.*two numbers >= 1.*PRE_NMS_TOPK_TRAIN"),
-        (dict(post_nms_topk=(5,)), "post_nms_topk"),
+        (dict(pre_nms_topk=(0, 1)), "integer pre_nms_topk >= 1.*PRE_NMS_TOPK_TRAIN"),
+        (dict(post_nms_topk=(5,)), "post_nms_topk as two numbers >= 1"),
         (dict(nms_thresh=1.5), "1.5"),
         (dict(min_box_size=-1), "-1"),
     ],

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import reference_voting
 import torch
-from atss.postprocessing.eager import Candidates
+from atss.postprocessing.eager import Detections
 from atss.postprocessing.voting import group_boxes, vote_boxes
 from conftest import golden_cases
 
@@ -20,11 +20,11 @@ def random_piles(num_boxes, num_objects, num_classes, seed):
     boxes = np.concatenate([center - size / 2, center + size / 2], axis=1).astype(np.float32)
     scores = (rng.permutation(num_boxes) + 1).astype(np.float32) / (num_boxes + 1)
     classes = rng.integers(0, num_classes, num_objects)[of]
-    return Candidates(*(torch.from_numpy(x) for x in (boxes, scores, classes)))
+    return Detections(*(torch.from_numpy(x) for x in (boxes, scores, classes)))
 
 
 def candidates_of(boxes, scores, classes):
-    return Candidates(torch.tensor(boxes), torch.tensor(scores), torch.tensor(classes))
+    return Detections(torch.tensor(boxes), torch.tensor(scores), torch.tensor(classes))
 
 
 @pytest.mark.parametrize("num_boxes, num_objects", [(1, 1), (40, 5), (400, 30), (2500, 120)])
@@ -72,7 +72,7 @@ def test_votes_are_those_of_the_release_but_for_lone_boxes(case, fields):
     grow = torch.tensor([0.0, 0.0, 1.0, 1.0])  # inclusive pixels to continuous ones
     fields = {key: torch.from_numpy(value) for key, value in fields.items()}
     labels = fields.get("labels", torch.zeros(len(fields["boxes"]))).long()
-    candidates = Candidates(fields["boxes"] + grow, fields["scores"], labels)
+    candidates = Detections(fields["boxes"] + grow, fields["scores"], labels)
 
     voted = vote_boxes(
         candidates, case["vote_thresh"], "soft" in case["kind"], case["soft_score_thresh"]
@@ -131,7 +131,7 @@ def test_boxes_without_area_are_kept_alone():
 
 
 def test_nothing_in_nothing_out():
-    empty = Candidates(torch.zeros(0, 4), torch.zeros(0), torch.zeros(0, dtype=torch.int64))
+    empty = Detections(torch.zeros(0, 4), torch.zeros(0), torch.zeros(0, dtype=torch.int64))
     assert [len(part) for part in vote_boxes(empty)] == [0, 0, 0]
 
 

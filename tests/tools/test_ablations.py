@@ -172,9 +172,9 @@ def test_parent_that_took_over_a_rows_difference_is_a_fault():
 def test_difference_that_is_not_assigned_is_a_fault():
     row = row_named("topk/k3")
     parent = load_parent(row)
-    parent.model.nms_thresh = 0.5
+    parent.model.selector.nms_thresh = 0.5
     (fault,) = faults(row, difference(parent, load_row(row)))
-    assert "changes model.nms_thresh, which it does not assign" in fault
+    assert "changes model.selector.nms_thresh, which it does not assign" in fault
 
 
 def test_row_that_equals_its_parent_must_say_so_and_one_that_says_so_must_equal_it():
@@ -257,7 +257,7 @@ def test_test_dev_rows_leave_detections_for_the_server_where_there_is_no_ground_
     cfg.dataloader.test.mapper.augmentations[0].short_edge_length = 64
     cfg.train.output_dir = str(tmp_path / "run")
     tiny(cfg)
-    cfg.model.score_thresh = 0.0
+    cfg.model.selector.score_thresh = 0.0
     assert not evaluate_lazy(cfg, instantiate(cfg.model).eval())
     found = json.loads((tmp_path / "run/inference/coco_instances_results.json").read_text())
     assert len(found) > 0 and {entry["image_id"] for entry in found} == {1}

@@ -98,14 +98,14 @@ def test_twenty_iterations_resume_where_they_stopped(tool, data, tmp_path):
 def test_evaluating_a_checkpoint_gives_what_training_ended_with(data, tmp_path):
     output = tmp_path / "out"
     tool = "lazyconfig_train_net"
-    train = [*arguments_for(tool, output, data, 6), "model.score_thresh=0.0"]
+    train = [*arguments_for(tool, output, data, 6), "model.selector.score_thresh=0.0"]
     run_tool(tool, train, tmp_path)
     trained = [r for r in records(output) if "bbox/AP" in r][-1]
     text = run_tool(
         tool,
         [
             *arguments_for(tool, tmp_path / "eval", data, 6, "--eval-only"),
-            "model.score_thresh=0.0",
+            "model.selector.score_thresh=0.0",
             f"train.init_checkpoint={output / 'model_final.pth'}",
         ],
         tmp_path,

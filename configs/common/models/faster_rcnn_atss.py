@@ -8,8 +8,8 @@ from atss.assigners import ATSSAssigner
 from atss.backbone import resnet_fpn
 from atss.head import ATSSHead
 from atss.losses import DenseLoss
-from atss.proposal_generator import ATSS
 from atss.postprocessing import ProposalSelector
+from atss.proposal_generator import ATSS
 
 from detectron2.config import LazyCall as L
 from detectron2.layers import ShapeSpec
@@ -52,11 +52,11 @@ model = L(GeneralizedRCNN)(
         loss=L(DenseLoss)(
             box2box_transform="${..box2box_transform}",
             num_classes=1,
-            centerness="${..head.centerness}",
+            quality="centerness",
         ),
         num_classes=1,
         in_features=["p3", "p4", "p5", "p6", "p7"],
-        proposal_selector=L(ProposalSelector)(
+        selector=L(ProposalSelector)(
             pre_nms_topk=[2000, 1000],
             post_nms_topk=[1000, 1000],
             nms_thresh=0.7,

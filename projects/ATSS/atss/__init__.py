@@ -1,39 +1,72 @@
 """ATSS for Detectron2: importing it registers its models, parts and backbones.
 
 "Bridging the Gap Between Anchor-based and Anchor-free Detection via Adaptive Training Sample
-Selection" (arXiv:1912.02424).
+Selection" (arXiv:1912.02424). The paper takes RetinaNet and FCOS apart along four axes; each is one
+place here, and one entry of a config:
+
+Axis 1 of 4: which anchors are positive.         `assigners/`          `model.assigner`
+Axis 2 of 4: where regression starts.            `box_regression.py`   `model.box2box_transform`
+Axis 3 of 4: the head and its losses.            `head.py`, `losses/`  `model.head`, `model.loss`
+Axis 4 of 4: how many anchors a location has.    `anchors.py`          `model.anchor_generator`
+
+Letters, the same in every file: N images of a batch, L pyramid levels, Hi and Wi height and width
+of level i in locations, A anchors per location, Ri anchors of level i, R anchors of an image, M
+objects of the batch, C candidate anchors of an object, S samples (pairs of an object and an
+anchor), K classes, D detections of an image, P points or pairs that a function picks.
 """
 
 from .anchors import AnchorGrid, GridAnchorGenerator, octave_sizes
-from .assigners import Assignment, ATSSAssigner, IoUAssigner, SSCAssigner, TopKAssigner
+from .assigners import (
+    Assigner,
+    Assignment,
+    ATSSAssigner,
+    IoUAssigner,
+    PredictionAssigner,
+    SSCAssigner,
+    TopKAssigner,
+)
 from .backbone import build_atss_resnet_fpn_backbone, resnet_fpn
 from .box_regression import Box2BoxTransform, PointToBoxTransform
+from .build import ASSIGNER_REGISTRY, BOX2BOX_TRANSFORM_REGISTRY, CLASS_LOSS_REGISTRY, LOSS_REGISTRY
 from .config import add_atss_config
 from .detector import ATSSDetector, build_detector
 from .head import ATSS_HEAD_REGISTRY, ATSSHead
 from .layers import DeformConv2d, PackedDeformConv2d, swap_deform_convs
-from .losses.dense import DenseLoss
-from .postprocessing.proposals import ProposalSelector
+from .losses import ClassLoss, DenseLoss, FocalLoss, QualityFocalLoss
+from .postprocessing import DetectionSelector, ProposalSelector
+from .predictions import DensePredictions, PredictionsAt
 from .proposal_generator import ATSS
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
+    "ASSIGNER_REGISTRY",
     "ATSS",
     "ATSS_HEAD_REGISTRY",
     "ATSSAssigner",
     "ATSSDetector",
     "ATSSHead",
     "AnchorGrid",
+    "Assigner",
     "Assignment",
+    "BOX2BOX_TRANSFORM_REGISTRY",
     "Box2BoxTransform",
+    "CLASS_LOSS_REGISTRY",
+    "ClassLoss",
     "DeformConv2d",
     "DenseLoss",
+    "DensePredictions",
+    "DetectionSelector",
+    "FocalLoss",
     "GridAnchorGenerator",
     "IoUAssigner",
+    "LOSS_REGISTRY",
     "PackedDeformConv2d",
     "PointToBoxTransform",
+    "PredictionAssigner",
+    "PredictionsAt",
     "ProposalSelector",
+    "QualityFocalLoss",
     "SSCAssigner",
     "TopKAssigner",
     "add_atss_config",

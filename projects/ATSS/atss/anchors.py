@@ -1,12 +1,14 @@
-"""Which boxes does the detector start from, and how do they lie on the image? (axis 4)
+"""Axis 4 of 4: anchors per location, and the lattice they lie on.
 
 Anchors of a pyramid level repeat one small set of cell anchors at every location of a regular
 lattice. `AnchorGrid` keeps that knowledge beside the boxes: a rule that looks for the locations
-nearest to an object can compute them instead of searching all of them.
+nearest to an object computes them instead of searching all of them, and the box of an anchor
+follows from its index.
 """
 
+import itertools
 from functools import cached_property
-from typing import List, Optional, Sequence, Tuple, Union
+from typing import Dict, Hashable, List, NamedTuple, Optional, Sequence, Tuple, Union
 
 import torch
 from torch import Tensor
@@ -17,13 +19,10 @@ from detectron2.modeling.anchor_generator import (
 )
 from detectron2.structures import Boxes
 
-__all__ = [
-    "AnchorGrid",
-    "GraphBoxes",
-    "GridAnchorGenerator",
-    "concatenate_anchors",
-    "octave_sizes",
-]
+from .device import host_constant
+
+# Padded sizes whose grids a generator keeps: their constants are on the device already.
+_NUM_KEPT_GRIDS = 16
 
 
 @torch.jit.script_if_tracing
@@ -54,12 +53,30 @@ class GraphBoxes(Boxes):
         return GraphBoxes(self.tensor[item])
 
 
+class Locations(NamedTuple):
+    """Where anchors lie on the lattice of their level. All tensors have the shape of the indices.
+
+    Attributes:
+        levels: int64 in 0..L-1.
+        positions: int64, row * Wi + column on that level.
+        cells: int64 in 0..A-1, which of the anchors of the location.
+    """
+
+    levels: Tensor
+    positions: Tensor
+    cells: Tensor
+
+
 class AnchorGrid:
     """Anchors of one padded image size which also know the lattice they lie on.
 
     The centre of column j, row i of a level is ((j + offset) * stride, (i + offset) * stride), and
     all A anchors of that location are its cell anchors moved there. Anchors of a level are ordered
     by row, column, anchor, as Detectron2 orders them; levels follow each other.
+
+    What a level is made of also lies on the device, one value per level, and is uploaded once:
+    `widths`, `areas` (Hi * Wi) and `level_starts` (index of the first anchor), (L,) int64,
+    `stride_values` (L,) float32 and `cell_anchors` (L, A, 4).
 
     Args:
         grid_sizes: L pairs (Hi, Wi): locations of each level.
@@ -74,9 +91,12 @@ class AnchorGrid:
 
     Example:
         >>> square = torch.tensor([[-4.0, -4.0, 4.0, 4.0]])
-        >>> AnchorGrid([(1, 2)], [8], [square]).boxes[0].tensor
+        >>> grid = AnchorGrid([(1, 2)], [8], [square])
+        >>> grid.boxes[0].tensor
         tensor([[ 0.,  0.,  8.,  8.],
                 [ 8.,  0., 16.,  8.]])
+        >>> grid.boxes_at(torch.tensor([1]))
+        tensor([[ 8.,  0., 16.,  8.]])
     """
 
     def __init__(
@@ -92,8 +112,8 @@ class AnchorGrid:
                 "AnchorGrid needs one grid size, one stride and one set of cell anchors per level, "
                 f"got {len(grid_sizes)}, {len(strides)} and {len(cell_anchors)}."
             )
-        num_anchors = {tuple(cell.shape) for cell in cell_anchors}
-        if len(num_anchors) != 1 or cell_anchors[0].dim() != 2 or cell_anchors[0].shape[1] != 4:
+        shapes = {tuple(cell.shape) for cell in cell_anchors}
+        if len(shapes) != 1 or cell_anchors[0].dim() != 2 or cell_anchors[0].shape[1] != 4:
             raise ValueError(
                 "AnchorGrid needs cell anchors of one shape (A, 4) on all levels, got shapes "
                 f"{[tuple(cell.shape) for cell in cell_anchors]}."
@@ -101,18 +121,26 @@ class AnchorGrid:
         self.device = torch.device(device) if device is not None else cell_anchors[0].device
         self.grid_sizes = [(int(height), int(width)) for height, width in grid_sizes]
         self.strides = [float(stride) for stride in strides]
-        self.cell_anchors = [cell.to(self.device, torch.float32) for cell in cell_anchors]
         self.offset = float(offset)
+        self.cell_anchors = torch.stack(
+            [cell.to(self.device, torch.float32) for cell in cell_anchors]
+        )
+        self._constants: Dict[Hashable, Tensor] = {}
 
     @property
     def num_cell_anchors(self) -> int:
         """A, the number of anchors at each location."""
-        return len(self.cell_anchors[0])
+        return self.cell_anchors.shape[1]
 
     @property
     def num_anchors_per_level(self) -> List[int]:
         """Hi * Wi * A for each level."""
         return [height * width * self.num_cell_anchors for height, width in self.grid_sizes]
+
+    @property
+    def num_anchors(self) -> int:
+        """R, the number of anchors of an image."""
+        return sum(self.num_anchors_per_level)
 
     @cached_property
     def boxes(self) -> List[Boxes]:
@@ -124,11 +152,89 @@ class AnchorGrid:
             )
         ]
 
+    @cached_property
+    def widths(self) -> Tensor:
+        return self.constant("widths", [width for _, width in self.grid_sizes])
+
+    @cached_property
+    def areas(self) -> Tensor:
+        return self.constant("areas", [height * width for height, width in self.grid_sizes])
+
+    @cached_property
+    def level_starts(self) -> Tensor:
+        counts = self.num_anchors_per_level[:-1]
+        return self.constant("level_starts", list(itertools.accumulate([0, *counts])))
+
+    @cached_property
+    def stride_values(self) -> Tensor:
+        return self.constant("strides", self.strides, torch.float32)
+
+    def constant(
+        self, name: Hashable, values: Sequence, dtype: torch.dtype = torch.int64
+    ) -> Tensor:
+        """Numbers of the host on the device of the grid, uploaded at the first request only.
+
+        Args:
+            name: of the numbers; the same name always means the same numbers.
+            values: (nested) sequence of numbers.
+            dtype: of the result.
+        """
+        if name not in self._constants:
+            self._constants[name] = host_constant(values, self.device, dtype)
+        return self._constants[name]
+
+    def locate(self, anchor_idxs: Tensor) -> Locations:
+        """Level, location and cell of anchors.
+
+        Args:
+            anchor_idxs: (...) int64 in 0..R-1.
+
+        Returns:
+            `Locations` of that shape.
+        """
+        levels = torch.bucketize(anchor_idxs, self.level_starts, right=True) - 1
+        positions = anchor_idxs - self.level_starts[levels]
+        if self.num_cell_anchors == 1:
+            return Locations(levels, positions, torch.zeros_like(positions))
+        cells = positions % self.num_cell_anchors
+        positions = torch.div(positions, self.num_cell_anchors, rounding_mode="floor")
+        return Locations(levels, positions, cells)
+
+    def boxes_at(self, anchor_idxs: Tensor) -> Tensor:
+        """Boxes of the given anchors, computed from their places on the lattice.
+
+        Args:
+            anchor_idxs: (...) int64 in 0..R-1.
+
+        Returns:
+            (..., 4) float32 xyxy in pixels, the same bits as `boxes` has.
+        """
+        return self.boxes_of(self.locate(anchor_idxs))
+
+    def boxes_of(self, locations: Locations) -> Tensor:
+        """`boxes_at` for anchors that are located already."""
+        levels, positions, cells = locations
+        width = self.widths[levels]
+        rows = torch.div(positions, width, rounding_mode="floor")
+        centers = torch.stack((positions - rows * width, rows), dim=-1) + self.offset
+        centers = centers * self.stride_values[levels].unsqueeze(-1)
+        return torch.cat((centers, centers), dim=-1) + self.cell_anchors[levels, cells]
+
     def __len__(self) -> int:
         return len(self.grid_sizes)
 
 
-def concatenate_anchors(anchors: Union[AnchorGrid, Sequence[Boxes]]) -> Tensor:
+Anchors = Union[AnchorGrid, Sequence[Boxes]]
+
+
+def num_anchors_per_level(anchors: Anchors) -> List[int]:
+    """Number of anchors on each level, known on the host."""
+    if isinstance(anchors, AnchorGrid):
+        return anchors.num_anchors_per_level
+    return [len(level) for level in anchors]
+
+
+def concatenate_anchors(anchors: Anchors) -> Tensor:
     """Boxes of all levels in one tensor.
 
     Args:
@@ -207,6 +313,7 @@ class GridAnchorGenerator(DefaultAnchorGenerator):
                 f"{error} Give model.anchor_generator (MODEL.ANCHOR_GENERATOR) one list of sizes "
                 "and one of aspect ratios for all levels, or one per level."
             ) from error
+        self._grids: Dict[Tuple, AnchorGrid] = {}
         if len(set(self.num_anchors)) != 1:
             raise ValueError(
                 "GridAnchorGenerator needs the same number of anchors per location on every level, "
@@ -248,6 +355,8 @@ class GridAnchorGenerator(DefaultAnchorGenerator):
     def grid(self, features: Sequence[Tensor]) -> AnchorGrid:
         """The same anchors as `forward` gives, with their lattice.
 
+        Grids of the last few padded sizes are kept, so that their constants are uploaded once.
+
         Args:
             features: L feature maps (N, C, Hi, Wi); only their sizes matter.
 
@@ -257,8 +366,14 @@ class GridAnchorGenerator(DefaultAnchorGenerator):
         Raises:
             ValueError: if there are not as many features as strides.
         """
-        grid_sizes = [tuple(feature.shape[-2:]) for feature in features]
-        return AnchorGrid(grid_sizes, self.strides, list(self.cell_anchors), self.offset)
+        cells = list(self.cell_anchors)
+        grid_sizes = tuple(tuple(feature.shape[-2:]) for feature in features)
+        key = (grid_sizes, cells[0].device, cells[0].dtype)
+        if key not in self._grids:
+            while len(self._grids) >= _NUM_KEPT_GRIDS:
+                del self._grids[next(iter(self._grids))]
+            self._grids[key] = AnchorGrid(grid_sizes, self.strides, cells, self.offset)
+        return self._grids[key]
 
 
 def _check_positive(name: str, values: Sequence[Sequence[float]]) -> None:

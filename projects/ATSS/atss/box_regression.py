@@ -1,4 +1,4 @@
-"""Where does regression start: from a box or from a point? (axis 2)
+"""Axis 2 of 4: where regression starts, a box or a point.
 
 RetinaNet refines an anchor box, FCOS measures distances from an anchor point. Both are transforms
 with `get_deltas` and `apply_deltas`, and neither the head nor the loss knows which one it has.
@@ -13,8 +13,6 @@ from torch import Tensor
 from detectron2.modeling.box_regression import Box2BoxTransform as _Detectron2Box2BoxTransform
 
 from .geometry import box_centers, ltrb_distances
-
-__all__ = ["Box2BoxTransform", "PointToBoxTransform"]
 
 
 class Box2BoxTransform(_Detectron2Box2BoxTransform):

@@ -1,12 +1,11 @@
-"""Which keys does a YAML config have?
+"""Keys of a YAML config: MODEL.ATSS, and the recipe keys of the paper.
 
 Keys are the constructor arguments in capitals. In nodes with a NAME, None means the default of the
-named class, and a key that the class does not take is refused when the model is built.
+named class; a file may set further keys of a class of your own there, and a key that the class does
+not take is refused when the model is built.
 """
 
 from detectron2.config import CfgNode as CN
-
-__all__ = ["add_atss_config"]
 
 
 def add_atss_config(cfg: CN) -> None:
@@ -22,8 +21,8 @@ def add_atss_config(cfg: CN) -> None:
     atss.RELU_BEFORE_P7 = True
     atss.FROZEN_BN_EPS = 1e-5
 
-    # Axis 1: which anchors are positive.
-    atss.ASSIGNER = CN()
+    # Axis 1 of 4: which anchors are positive.
+    atss.ASSIGNER = CN(new_allowed=True)
     atss.ASSIGNER.NAME = "ATSSAssigner"
     for key in (
         "TOPK",
@@ -39,14 +38,14 @@ def add_atss_config(cfg: CN) -> None:
     ):
         atss.ASSIGNER[key] = None
 
-    # Axis 2: where regression starts.
-    atss.BOX2BOX_TRANSFORM = CN()
+    # Axis 2 of 4: where regression starts, a box or a point.
+    atss.BOX2BOX_TRANSFORM = CN(new_allowed=True)
     atss.BOX2BOX_TRANSFORM.NAME = "Box2BoxTransform"
     atss.BOX2BOX_TRANSFORM.WEIGHTS = None  # (10, 10, 5, 5) for boxes
     atss.BOX2BOX_TRANSFORM.ANCHOR_SCALE = None
 
-    # Axis 3: what any head can have.
-    atss.HEAD = CN()
+    # Axis 3 of 4: head and losses.
+    atss.HEAD = CN(new_allowed=True)
     atss.HEAD.NAME = "ATSSHead"
     atss.HEAD.NUM_CONVS = 4
     atss.HEAD.NORM = "GN"
@@ -57,14 +56,22 @@ def add_atss_config(cfg: CN) -> None:
     atss.HEAD.BBOX_BIAS = None  # 0 for boxes, 4 for points
     atss.HEAD.PRIOR_PROB = 0.01
 
-    atss.LOSS = CN()
+    atss.LOSS = CN(new_allowed=True)
+    atss.LOSS.NAME = "DenseLoss"
+    atss.LOSS.CLASSIFICATION = CN(new_allowed=True)
+    atss.LOSS.CLASSIFICATION.NAME = "FocalLoss"
+    atss.LOSS.CLASSIFICATION.ALPHA = None
+    atss.LOSS.CLASSIFICATION.GAMMA = None
+    atss.LOSS.CLASSIFICATION.BETA = None
     atss.LOSS.BOX_LOSS = "giou"
     atss.LOSS.BOX_LOSS_WEIGHT = 2.0
-    atss.LOSS.FOCAL_ALPHA = 0.25
-    atss.LOSS.FOCAL_GAMMA = 2.0
+    # Python's None, "no such thing", is "none" here: a key that is None means the default.
+    atss.LOSS.QUALITY = "centerness"
+    atss.LOSS.BOX_WEIGHTING = "quality"
+    atss.LOSS.CLASS_NORMALIZER = "positives"
     atss.LOSS.SMOOTH_L1_BETA = 0.11
 
-    # Axis 4, anchors per location, is Detectron2's MODEL.ANCHOR_GENERATOR.
+    # Axis 4 of 4, anchors per location, is Detectron2's MODEL.ANCHOR_GENERATOR.
 
     atss.SCORE_THRESH = 0.05
     atss.TOPK_CANDIDATES = 1000

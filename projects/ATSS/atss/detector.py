@@ -1,4 +1,4 @@
-"""The whole detector: images in, instances out."""
+"""The one-stage detector: images in, instances out."""
 
 from typing import Dict, List, Optional, Sequence, Tuple
 
@@ -10,15 +10,13 @@ from detectron2.data.detection_utils import convert_image_to_rgb
 from detectron2.modeling import META_ARCH_REGISTRY, build_backbone
 from detectron2.modeling.backbone import Backbone
 from detectron2.modeling.postprocessing import detector_postprocess
-from detectron2.structures import ImageList, Instances
+from detectron2.structures import Boxes, ImageList, Instances
 from detectron2.utils.events import get_event_storage
 
 from .build import build_parts
 from .device import instances_to_device, to_device
 from .postprocessing.traceable import move_like
 from .proposal_generator import ATSS
-
-__all__ = ["ATSSDetector", "build_detector"]
 
 
 @META_ARCH_REGISTRY.register()
@@ -32,7 +30,7 @@ class ATSSDetector(nn.Module):
         pixel_std: deviation of each channel, divided by.
         input_format: order of the channels the model was trained with, "BGR" or "RGB".
         vis_period: every so many iterations, draw ground truth and detections into the event
-            storage; 0 never.
+            storage; 0 disables.
     """
 
     @configurable
@@ -100,7 +98,9 @@ class ATSSDetector(nn.Module):
 
         gt_instances = self._gt_instances(batched_inputs)
         features = self.backbone(images.tensor)
-        _, losses = self.proposal_generator(images, features, gt_instances)
+        _, losses = self.proposal_generator(
+            images, features, gt_instances, _boxes_on_host(batched_inputs)
+        )
         if self.vis_period > 0 and get_event_storage().iter % self.vis_period == 0:
             self.visualize_training(batched_inputs, images, features)
         return losses
@@ -160,6 +160,13 @@ class ATSSDetector(nn.Module):
             width = inputs.get("width", image_size[1])
             processed.append({"instances": detector_postprocess(result, height, width)})
         return processed
+
+
+def _boxes_on_host(batched_inputs: List[Dict]) -> Optional[List[Boxes]]:
+    """Ground-truth boxes as the loader gives them, if they are on the CPU."""
+    gt_boxes = [inputs["instances"].gt_boxes for inputs in batched_inputs]
+    is_on_host = all(boxes.tensor.device.type == "cpu" for boxes in gt_boxes)
+    return gt_boxes if is_on_host else None
 
 
 def check_gt_instances(instances: Instances, num_classes: int, image_id: Optional[object]) -> None:

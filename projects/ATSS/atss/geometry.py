@@ -1,21 +1,12 @@
-"""How far are points from boxes, and boxes from boxes?
+"""Formulas of boxes and points that assigners, losses and targets share.
 
-The few formulas that assigners, losses and targets share. All are elementwise and broadcast, in
+All are elementwise and broadcast, in
 float32 pixels of Detectron2's continuous coordinates: a box is (x1, y1, x2, y2), its width
 x2 - x1.
 """
 
 import torch
 from torch import Tensor
-
-__all__ = [
-    "box_areas",
-    "box_centers",
-    "center_distances",
-    "centers_inside",
-    "elementwise_iou",
-    "ltrb_distances",
-]
 
 
 def box_centers(boxes: Tensor) -> Tensor:
@@ -66,7 +57,7 @@ def centers_inside(centers: Tensor, boxes: Tensor, margin: float = 0.0) -> Tenso
     Args:
         centers: (..., 2) points (x, y) in pixels.
         boxes: (..., 4) boxes xyxy in pixels; leading axes broadcast with those of `centers`.
-        margin: least distance to every side in pixels, itself excluded.
+        margin: least distance to every side in pixels, exclusive.
 
     Returns:
         (...) bool.

@@ -1,21 +1,20 @@
-"""What is predicted at each location? (axis 3, the improvements that any detector can have)
+"""Axis 3 of 4: the head, with the improvements that any detector can have.
 
 RetinaNet's two towers shared over levels, with the universal improvements of Table 1 as independent
 switches: GroupNorm, centerness, one scale per level.
 """
 
 import math
-from typing import List, NamedTuple, Optional, Sequence
+from typing import List, Sequence
 
-import torch
 from torch import Tensor, nn
 
 from detectron2.layers import get_norm
 from detectron2.utils.registry import Registry
 
+from .checks import check_choice, check_integer, check_range
 from .layers import LevelScale, PackedDeformConv2d
-
-__all__ = ["ATSS_HEAD_REGISTRY", "ATSSHead", "DensePredictions"]
+from .predictions import DensePredictions
 
 ATSS_HEAD_REGISTRY = Registry("ATSS_HEAD")
 ATSS_HEAD_REGISTRY.__doc__ = """
@@ -24,20 +23,6 @@ Called with the keyword arguments of the registered class.
 """
 
 _KNOWN_NORMS = ("", "BN", "SyncBN", "FrozenBN", "GN", "nnSyncBN", "naiveSyncBN")
-
-
-class DensePredictions(NamedTuple):
-    """Raw output of a head, per level: lists of L tensors.
-
-    Attributes:
-        logits: (N, A*K, Hi, Wi) class logits, anchors before classes on axis 1.
-        deltas: (N, A*4, Hi, Wi) box deltas in the terms of the box transform.
-        centerness: (N, A, Hi, Wi) centerness logits, or None for a head without.
-    """
-
-    logits: List[Tensor]
-    deltas: List[Tensor]
-    centerness: Optional[List[Tensor]]
 
 
 @ATSS_HEAD_REGISTRY.register()
@@ -89,14 +74,11 @@ class ATSSHead(nn.Module):
             ("num_levels", num_levels, 1),
             ("num_convs", num_convs, 0),
         ):
-            if value < least:
-                raise ValueError(f"ATSSHead needs {name} >= {least}, got {value}.")
-        if not 0.0 < prior_prob < 1.0:
-            raise ValueError(f"ATSSHead needs prior_prob in (0, 1), got {prior_prob}.")
-        if isinstance(norm, str) and norm not in _KNOWN_NORMS:
-            raise ValueError(
-                f"Unknown norm {norm!r} for model.head.norm; known are {list(_KNOWN_NORMS)}."
-            )
+            check_integer("ATSSHead", name, value, least, f"model.head.{name}")
+        key = "model.head.prior_prob"
+        check_range("ATSSHead", "prior_prob", prior_prob, 0, 1, key, ends="()")
+        if isinstance(norm, str):
+            check_choice("ATSSHead", "norm", norm, _KNOWN_NORMS, "model.head.norm")
         if norm == "GN" and in_channels % 32:
             raise ValueError(
                 f"GroupNorm has 32 groups, which do not divide in_channels={in_channels}. Give the "
@@ -158,32 +140,4 @@ class ATSSHead(nn.Module):
             deltas.append(scale(self.bbox_pred(bbox_feature)))
             if self.centerness is not None:
                 centerness.append(self.centerness(bbox_feature))
-        return DensePredictions(logits, deltas, centerness if centerness else None)
-
-
-def flatten_level(prediction: Tensor, num_anchors: int) -> Tensor:
-    """Bring the predictions of a level into the order of its anchors: row, column, anchor.
-
-    Args:
-        prediction: (N, A*D, Hi, Wi).
-        num_anchors: A.
-
-    Returns:
-        (N, Hi*Wi*A, D).
-    """
-    num_images, channels, height, width = prediction.shape
-    prediction = prediction.view(num_images, num_anchors, channels // num_anchors, height, width)
-    return prediction.permute(0, 3, 4, 1, 2).reshape(num_images, -1, channels // num_anchors)
-
-
-def flatten_levels(predictions: Sequence[Tensor], num_anchors: int) -> Tensor:
-    """Predictions of all levels in the order of the R anchors of an image.
-
-    Args:
-        predictions: L tensors (N, A*D, Hi, Wi).
-        num_anchors: A.
-
-    Returns:
-        (N, R, D).
-    """
-    return torch.cat([flatten_level(level, num_anchors) for level in predictions], dim=1)
+        return DensePredictions(logits, deltas, centerness or None, self.num_anchors)

@@ -1,8 +1,7 @@
-"""How do features become boxes? The dense core of the detector: head, anchors, assigner, loss."""
+"""The dense core of the detector: head, anchors, assigner, loss and selection of boxes."""
 
-from typing import Callable, Dict, List, Optional, Sequence, Tuple, Union
+from typing import Dict, List, Optional, Sequence, Tuple, Union
 
-import torch
 from torch import Tensor, nn
 
 from detectron2.config import configurable
@@ -11,19 +10,15 @@ from detectron2.modeling.proposal_generator import PROPOSAL_GENERATOR_REGISTRY
 from detectron2.structures import Boxes, ImageList, Instances
 from detectron2.utils.events import get_event_storage
 
-from .anchors import AnchorGrid, GridAnchorGenerator
-from .assigners import Assignment
+from .anchors import GridAnchorGenerator
+from .assigners import Assigner, PredictionAssigner
 from .box_regression import Box2BoxTransform, PointToBoxTransform
 from .build import build_parts
 from .geometry import box_areas
-from .head import DensePredictions
-from .losses.dense import DenseLoss
-from .postprocessing.eager import detect
-from .postprocessing.proposals import ProposalSelector
-from .postprocessing.traceable import detect_instances
+from .losses import DenseLoss
+from .postprocessing import DetectionSelector, ProposalSelector
+from .predictions import DensePredictions, PredictionsAt
 from .targets import Targets, label_anchors
-
-__all__ = ["ATSS"]
 
 
 @PROPOSAL_GENERATOR_REGISTRY.register()
@@ -31,24 +26,20 @@ class ATSS(nn.Module):
     """Dense detection core, made of independent parts that are built outside.
 
     Args:
-        head: features -> `DensePredictions`.
-        anchor_generator: features -> anchors.
-        assigner: `(anchors, gt_boxes) -> Assignment`, axis 1.
+        head: features -> `DensePredictions`, axis 3.
+        anchor_generator: features -> anchors, axis 4.
+        assigner: which anchors are positive, axis 1.
         box2box_transform: box or point, axis 2; the same as the loss has.
-        loss: `(predictions, anchors, targets) -> dict`.
+        loss: `(predictions, anchors, targets) -> dict`, axis 3.
         num_classes: K.
+        selector: which predictions are detections. A `ProposalSelector` makes this the first stage
+            of a two-stage detector: it returns class-agnostic proposals, in training too, and
+            prefixes its losses.
         in_features: names of the feature maps to use, from high to low resolution.
-        score_thresh: least class score of a detection, before centerness.
-        topk_candidates: how many a level hands to NMS.
-        nms_thresh: IoU above which the lower score of two boxes of a class goes.
-        detections_per_image: most detections of an image.
-        sqrt_score: score sqrt(class * centerness), the authors' formula; else the product.
-        box_offset: pixels added to decoded boxes, 0.5 for converted weights of the authors.
+        box_offset: pixels added to x and y of decoded boxes, 0.5 for converted weights of the
+            authors.
         stats_period: every so many iterations, log positives per image and objects without
-            positives (this waits for the GPU); 0 never.
-        proposal_selector: given, this is the first stage of a two-stage detector: it returns
-            class-agnostic proposals, in training too, and prefixes its losses. The thresholds and
-            counts of detections above then do not matter.
+            positives (this waits for the GPU); 0 disables.
 
     Raises:
         ValueError: where parts do not fit each other, saying which config entry to change.
@@ -60,26 +51,22 @@ class ATSS(nn.Module):
         *,
         head: nn.Module,
         anchor_generator: GridAnchorGenerator,
-        assigner: Callable[[Union[AnchorGrid, Sequence[Boxes]], Sequence[Boxes]], Assignment],
+        assigner: Union[Assigner, PredictionAssigner],
         box2box_transform: Union[Box2BoxTransform, PointToBoxTransform],
         loss: DenseLoss,
         num_classes: int,
+        selector: Optional[Union[DetectionSelector, ProposalSelector]] = None,
         in_features: Sequence[str] = ("p3", "p4", "p5", "p6", "p7"),
-        score_thresh: float = 0.05,
-        topk_candidates: int = 1000,
-        nms_thresh: float = 0.6,
-        detections_per_image: int = 100,
-        sqrt_score: bool = True,
         box_offset: float = 0.0,
         stats_period: int = 0,
-        proposal_selector: Optional[ProposalSelector] = None,
     ):
         super().__init__()
-        if proposal_selector is not None and num_classes != 1:
+        selector = DetectionSelector() if selector is None else selector
+        if selector.is_first_stage and num_classes != 1:
             raise ValueError(
-                "ATSS with a proposal_selector is the first stage of a two-stage detector, which "
-                f"tells objects from background only: it needs num_classes=1, got {num_classes}. "
-                "Change model.proposal_generator.num_classes, or leave proposal_selector out."
+                f"ATSS with a {type(selector).__name__} is the first stage of a two-stage "
+                "detector, which tells objects from background only: it needs num_classes=1, got "
+                f"{num_classes}. Change model.proposal_generator.num_classes, or the selector."
             )
         _check_parts(head, anchor_generator, box2box_transform, loss, num_classes, in_features)
         self.head = head
@@ -88,15 +75,10 @@ class ATSS(nn.Module):
         self.box2box_transform = box2box_transform
         self.loss = loss
         self.num_classes = num_classes
+        self.selector = selector
         self.in_features = tuple(in_features)
-        self.score_thresh = score_thresh
-        self.topk_candidates = topk_candidates
-        self.nms_thresh = nms_thresh
-        self.detections_per_image = detections_per_image
-        self.sqrt_score = sqrt_score
         self.box_offset = box_offset
         self.stats_period = stats_period
-        self.proposal_selector = proposal_selector
 
     @classmethod
     def from_config(cls, cfg, input_shape: Dict[str, ShapeSpec]):
@@ -108,6 +90,7 @@ class ATSS(nn.Module):
         images: ImageList,
         features: Dict[str, Tensor],
         gt_instances: Optional[List[Instances]] = None,
+        gt_boxes_on_host: Optional[List[Boxes]] = None,
     ) -> Tuple[List[Instances], Dict[str, Tensor]]:
         """Losses in training, detections in evaluation; as first stage, proposals in both.
 
@@ -115,6 +98,8 @@ class ATSS(nn.Module):
             images: N padded images; only their sizes matter.
             features: feature maps by name, each (N, C, Hi, Wi).
             gt_instances: N `Instances` with `gt_boxes` and `gt_classes`; needed in training.
+            gt_boxes_on_host: the same boxes on the CPU where the caller has them, for rules that
+                look at predictions.
 
         Returns:
             Detections, N `Instances` with `pred_boxes`, `scores`, `pred_classes` (none in
@@ -134,7 +119,7 @@ class ATSS(nn.Module):
         feature_list = [features[name] for name in self.in_features]
         predictions = self.head(feature_list)
         results: List[Instances] = []
-        if not self.training or self.proposal_selector is not None:
+        if not self.training or self.selector.is_first_stage:
             results = self.inference(predictions, feature_list, images.image_sizes)
         if not self.training:
             return results, {}
@@ -142,10 +127,17 @@ class ATSS(nn.Module):
             raise ValueError("ATSS needs gt_instances in training, got None.")
         _check_strides(images, feature_list, self.anchor_generator.strides, self.in_features)
         anchors = self.anchor_generator.grid(feature_list)
-        targets = label_anchors(self.assigner, anchors, gt_instances, self.num_classes)
+        targets = label_anchors(
+            self.assigner,
+            anchors,
+            gt_instances,
+            self.num_classes,
+            PredictionsAt(predictions, anchors, self.box2box_transform),
+            gt_boxes_on_host,
+        )
         self._log_statistics(targets)
         losses = self.loss(predictions, anchors, targets)
-        if self.proposal_selector is not None:
+        if self.selector.is_first_stage:
             # The second stage has a loss_cls and a loss_box_reg too, and dictionaries get merged.
             losses = {name.replace("loss_", "loss_rpn_", 1): x for name, x in losses.items()}
         return results, losses
@@ -167,41 +159,21 @@ class ATSS(nn.Module):
             N `Instances` with `pred_boxes`, `scores` and `pred_classes`, or `proposal_boxes` and
             `objectness_logits`, by falling score.
         """
-        if self.proposal_selector is not None:
-            return self.proposal_selector(
-                predictions,
-                self.anchor_generator(features),
-                image_sizes,
-                self.box2box_transform.apply_deltas,
-                self.training,
-                sqrt_score=self.sqrt_score,
-                box_offset=self.box_offset,
-            )
-        # Fast code has branches on sizes and values, and a trace keeps those of its example.
-        find = detect_instances if torch.jit.is_tracing() else detect
-        return find(
-            predictions,
-            self.anchor_generator(features),
-            image_sizes,
-            self.box2box_transform.apply_deltas,
-            score_thresh=self.score_thresh,
-            topk=self.topk_candidates,
-            nms_thresh=self.nms_thresh,
-            max_detections=self.detections_per_image,
-            sqrt_score=self.sqrt_score,
-            box_offset=self.box_offset,
-        )
+        anchors = self.anchor_generator(features)
+        return self.selector(predictions, anchors, image_sizes, self.decode, self.training)
+
+    def decode(self, deltas: Tensor, anchors: Tensor) -> Tensor:
+        """Boxes that deltas mean: (P, 4) deltas and anchors to (P, 4) xyxy in pixels."""
+        return self.box2box_transform.apply_deltas(deltas, anchors) + self.box_offset
 
     def _log_statistics(self, targets: Targets) -> None:
         if not self.stats_period or get_event_storage().iter % self.stats_period:
             return
-        storage = get_event_storage()
-        is_positive = (targets.labels >= 0) & (targets.labels < self.num_classes)
-        positives = is_positive.sum() / len(is_positive)
+        storage, assignment = get_event_storage(), targets.assignment
+        positives = assignment.is_positive.sum() / len(assignment.num_objects)
         storage.put_scalar("atss/positives_per_image", positives.item())
-        if targets.claims is not None:
-            unmatched = targets.claims.objects_without_positives()
-            storage.put_scalar("atss/objects_without_positives", unmatched.item())
+        unmatched = assignment.objects_without_positives().sum()
+        storage.put_scalar("atss/objects_without_positives", unmatched.item())
 
 
 def _check_parts(head, anchor_generator, box2box_transform, loss, num_classes, in_features) -> None:
@@ -235,12 +207,16 @@ def _check_parts(head, anchor_generator, box2box_transform, loss, num_classes, i
          f"in_features {list(in_features)}"),
         ("anchor_generator.strides", len(anchor_generator.strides), len(in_features),
          f"in_features {list(in_features)}"),
-        ("loss.centerness", getattr(loss, "centerness", None),
-         getattr(head, "centerness", None) is not None, "centerness of the head"),
     )  # fmt: skip
     for name, value, expected, of in facts:
         if value is not None and value != expected:
             raise ValueError(f"model.{name} is {value}, but needs {expected}: {of}.")
+    if getattr(head, "centerness", None) is not None and getattr(loss, "quality", "") is None:
+        raise ValueError(
+            "The head predicts centerness, but model.loss.quality is None, so that nothing would "
+            "train it. Set model.head.centerness (MODEL.ATSS.HEAD.CENTERNESS) to False, or "
+            "model.loss.quality to 'centerness' or 'iou'."
+        )
 
 
 def _check_strides(

@@ -1,22 +1,19 @@
-"""What should each anchor predict?
-
-Turns the assignment (who learns whom) into the values that the losses compare with.
-"""
+"""Training targets: what the samples of an assignment have to learn."""
 
 from dataclasses import dataclass
-from typing import Callable, Optional, Sequence, Union
+from typing import Optional, Sequence, Union
 
 import torch
 from torch import Tensor
 
 from detectron2.structures import Boxes, Instances
 
-from .anchors import AnchorGrid
-from .assigners import Assignment, Claims
+from .anchors import Anchors
+from .assigners import Assigner, Assignment, PredictionAssigner
 from .assigners.assignment import concatenate_boxes
+from .device import to_device
 from .geometry import box_centers, ltrb_distances
-
-__all__ = ["Targets", "centerness_targets", "label_anchors"]
+from .predictions import PredictionsAt
 
 
 @dataclass
@@ -24,77 +21,59 @@ class Targets:
     """Training targets of a batch.
 
     Attributes:
-        labels: (N, R) int64 class of each anchor: 0..K-1, K for background, -1 for ignore.
-        boxes: (N, R, 4) box of the object each positive learns, xyxy in pixels; else undefined.
-        claims: the positives in sparse form where the assigner gives one, so that losses of
-            positives need not visit all anchors; else None.
+        assignment: S samples, each an object and an anchor.
+        classes: (S,) int64 in 0..K-1, class of the object; of any object where not positive.
+        boxes: (S, 4) float32, box of the object, xyxy in pixels; of any object where not positive.
     """
 
-    labels: Tensor
+    assignment: Assignment
+    classes: Tensor
     boxes: Tensor
-    claims: Optional[Claims] = None
 
 
 @torch.no_grad()
 def label_anchors(
-    assigner: Callable[[Union[AnchorGrid, Sequence[Boxes]], Sequence[Boxes]], Assignment],
-    anchors: Union[AnchorGrid, Sequence[Boxes]],
+    assigner: Union[Assigner, PredictionAssigner],
+    anchors: Anchors,
     gt_instances: Sequence[Instances],
     num_classes: int,
+    predictions: Optional[PredictionsAt] = None,
+    gt_boxes_on_host: Optional[Sequence[Boxes]] = None,
 ) -> Targets:
-    """Assign the anchors of a batch and look up what each has to learn.
+    """Assign the anchors of a batch and look up what each sample has to learn.
 
     Args:
         assigner: rule of axis 1, called once for the batch.
         anchors: anchors of the padded images.
         gt_instances: N `Instances` with `gt_boxes` and, unless `num_classes` is 1, `gt_classes`.
         num_classes: K. With 1 all objects are of class 0, as a proposal generator wants them.
+        predictions: for rules that look at them.
+        gt_boxes_on_host: the same boxes on the CPU where somebody has them, for those rules.
 
     Returns:
-        `Targets` of shape (N, R).
+        `Targets` of S samples.
     """
-    assignment = assigner(anchors, [instances.gt_boxes for instances in gt_instances])
-    if assignment.claims is not None:
-        return _sparse_targets(assignment, gt_instances, num_classes)
-    matched_idxs = assignment.matched_idxs  # (N, R)
-    labels = torch.full_like(matched_idxs, num_classes)
-    boxes = torch.zeros((*matched_idxs.shape, 4), device=matched_idxs.device)
-    for i, instances in enumerate(gt_instances):
-        if len(instances) == 0:
-            continue
-        boxes[i] = instances.gt_boxes.tensor[matched_idxs[i]]
-        if num_classes == 1:
-            labels[i] = 0
-        else:
-            labels[i] = instances.gt_classes[matched_idxs[i]]
-    labels = labels.masked_fill(assignment.match_labels == 0, num_classes)
-    labels = labels.masked_fill(assignment.match_labels < 0, -1)
-    return Targets(labels, boxes)
-
-
-def _sparse_targets(
-    assignment: Assignment, gt_instances: Sequence[Instances], num_classes: int
-) -> Targets:
-    """The same from the claims of M objects, which visit their candidates only."""
-    claims = assignment.claims
-    num_images, num_anchors = assignment.matched_idxs.shape
-    device = assignment.matched_idxs.device
-    last = num_images * num_anchors
-    # Candidates that are not positive write to an element behind the last, which is then dropped.
-    gt_boxes = concatenate_boxes([x.gt_boxes for x in gt_instances], device)  # (M, 4)
-    boxes = torch.empty((last + 1, 4), device=device)
-    boxes[claims.places] = gt_boxes.unsqueeze(1)
-    labels = torch.full((last + 1,), num_classes, device=device)
-    if num_classes == 1 or len(gt_boxes) == 0:
-        labels.index_fill_(0, claims.places.view(-1), 0)
+    gt_boxes = [instances.gt_boxes for instances in gt_instances]
+    if num_classes == 1:
+        gt_classes = [boxes.tensor.new_zeros(len(boxes), dtype=torch.int64) for boxes in gt_boxes]
     else:
-        gt_classes = torch.cat([x.gt_classes for x in gt_instances])  # (M,)
-        labels[claims.places] = gt_classes.unsqueeze(1)
-    return Targets(
-        labels[:last].view(num_images, num_anchors),
-        boxes[:last].view(num_images, num_anchors, 4),
-        claims,
-    )
+        gt_classes = [instances.gt_classes.to(torch.int64) for instances in gt_instances]
+    if getattr(assigner, "uses_predictions", False):
+        assert predictions is not None, f"{type(assigner).__name__} looks at predictions"
+        with torch.autocast(gt_boxes[0].device.type, enabled=False):
+            assignment = assigner(
+                anchors,
+                gt_boxes,
+                gt_classes=gt_classes,
+                predictions=predictions,
+                gt_boxes_on_host=gt_boxes_on_host,
+            )
+    else:
+        assignment = assigner(anchors, gt_boxes)
+    object_idxs = assignment.object_idxs
+    boxes = concatenate_boxes(gt_boxes, object_idxs.device)
+    classes = torch.cat([to_device(x, object_idxs.device) for x in gt_classes])
+    return Targets(assignment, classes[object_idxs], boxes[object_idxs])
 
 
 def centerness_targets(anchors: Tensor, boxes: Tensor) -> Tensor:

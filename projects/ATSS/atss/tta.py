@@ -20,7 +20,7 @@ from detectron2.modeling.postprocessing import detector_postprocess
 from detectron2.structures import Boxes, Instances
 from detectron2.utils.file_io import PathManager
 
-from .postprocessing.eager import Candidates, suppress
+from .postprocessing.eager import Detections, suppress
 from .postprocessing.voting import vote_boxes
 
 __all__ = ["ATSSWithTTA", "RELEASE_MIN_SIZES", "View", "make_views", "release_views"]
@@ -209,7 +209,7 @@ class ATSSWithTTA(nn.Module):
         found = [self._detect_view(inputs, original, view, (height, width)) for view in self.views]
         if len(found) == 1:
             return found[0]
-        candidates = Candidates(
+        candidates = Detections(
             torch.cat([result.pred_boxes.tensor for result in found]),
             torch.cat([result.scores for result in found]),
             torch.cat([result.pred_classes for result in found]),
@@ -221,16 +221,16 @@ class ATSSWithTTA(nn.Module):
         result.pred_classes = merged.classes
         return result
 
-    def _merge(self, candidates: Candidates) -> Candidates:
+    def _merge(self, candidates: Detections) -> Detections:
         if self.merge == "nms":
             keep = suppress(candidates, self.nms_thresh, self.max_detections)
-            return Candidates(*(part[keep] for part in candidates))
+            return Detections(*(part[keep] for part in candidates))
         voted = vote_boxes(
             candidates, self.vote_thresh, self.merge == "soft-vote", self.soft_score_thresh
         )
         if self.max_detections < 0:
             return voted
-        return Candidates(*(part[: self.max_detections] for part in voted))
+        return Detections(*(part[: self.max_detections] for part in voted))
 
     def _original(self, inputs: Dict, size: Tuple[int, int]) -> Optional[np.ndarray]:
         """The image's file as an array (H, W, C), if it is there and of the size wanted."""

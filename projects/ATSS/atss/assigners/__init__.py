@@ -1,9 +1,17 @@
-"""Axis 1 of the paper: which anchors are positive, and for which object?
+"""Axis 1 of 4: which anchors are positive.
 
-Every rule is a callable `(anchors, gt_boxes) -> Assignment` over a whole batch.
+Every rule is a callable over a whole batch that returns an `Assignment`: see `Assigner` for rules
+that see anchors and ground truth, `PredictionAssigner` for those that also see predictions.
 """
 
-from .assignment import Assignment, Claims, resolve_claims
+from .assignment import (
+    Assigner,
+    Assignment,
+    PredictionAssigner,
+    assign_all_anchors,
+    images_of_objects,
+    resolve_claims,
+)
 from .atss import ATSSAssigner, adaptive_threshold
 from .iou import IoUAssigner
 from .ssc import FCOS_SIZE_RANGES, SSCAssigner
@@ -11,12 +19,15 @@ from .topk import TopKAssigner
 
 __all__ = [
     "ATSSAssigner",
+    "Assigner",
     "Assignment",
-    "Claims",
     "FCOS_SIZE_RANGES",
     "IoUAssigner",
+    "PredictionAssigner",
     "SSCAssigner",
     "TopKAssigner",
     "adaptive_threshold",
+    "assign_all_anchors",
+    "images_of_objects",
     "resolve_claims",
 ]

@@ -1,22 +1,21 @@
-"""Which anchors does an object learn from, when its own statistics decide? (ATSS, Sec. 3.2)
+"""The rule of the paper: the statistics of an object decide (ATSS, Sec. 3.2, Algorithm 1).
 
-The rule of the paper, Algorithm 1: an object looks at the anchors nearest to its centre on every
-level and keeps those whose IoU stands out among them.
+An object looks at the anchors nearest to its centre on every level and keeps those whose IoU stands
+out among them.
 """
 
-from typing import Sequence, Union
+from typing import Sequence
 
 import torch
 from torch import Tensor
 
 from detectron2.structures import Boxes
 
-from ..anchors import AnchorGrid
+from ..anchors import AnchorGrid, Anchors, num_anchors_per_level
+from ..checks import check_integer
 from ..geometry import box_centers, centers_inside, elementwise_iou
 from .assignment import Assignment, concatenate_boxes, resolve_claims
 from .candidates import nearest_anchors, nearest_on_lattice
-
-__all__ = ["ATSSAssigner", "adaptive_threshold"]
 
 
 class ATSSAssigner:
@@ -33,13 +32,12 @@ class ATSSAssigner:
 
     Args:
         topk: k, locations per level (Table 4). A level with fewer gives all it has.
-        center_margin: least distance in pixels from a positive's centre to every side, itself
-            excluded.
+        center_margin: least distance in pixels from a positive's centre to every side, exclusive.
         center_in_gt: require the centre inside at all.
         min_positives_per_gt: an object that claims fewer anchors than this claims its best
             candidates by IoU instead, wherever their centre lies. 0, the paper's rule, leaves small
             objects without positives at times.
-        anchors_per_location: A for a plain list of `Boxes`, which does not tell; a grid does.
+        anchors_per_location: A for a plain list of `Boxes`, which does not say; a grid does.
 
     Raises:
         ValueError: if an argument is out of range.
@@ -53,25 +51,19 @@ class ATSSAssigner:
         min_positives_per_gt: int = 0,
         anchors_per_location: int = 1,
     ):
-        for name, value, least in (
-            ("topk", topk, 1),
-            ("min_positives_per_gt", min_positives_per_gt, 0),
-            ("anchors_per_location", anchors_per_location, 1),
-        ):
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ValueError(
-                    f"ATSSAssigner needs an integer {name} >= {least}, got {value!r}. "
-                    f"Change model.assigner.{name}."
-                )
-        self.topk = topk
+        self.topk = check_integer("ATSSAssigner", "topk", topk, 1, "model.assigner.topk")
+        self.min_positives_per_gt = check_integer(
+            "ATSSAssigner", "min_positives_per_gt", min_positives_per_gt, 0,
+            "model.assigner.min_positives_per_gt",
+        )  # fmt: skip
+        self.anchors_per_location = check_integer(
+            "ATSSAssigner", "anchors_per_location", anchors_per_location, 1,
+            "model.assigner.anchors_per_location",
+        )  # fmt: skip
         self.center_margin = center_margin
         self.center_in_gt = center_in_gt
-        self.min_positives_per_gt = min_positives_per_gt
-        self.anchors_per_location = anchors_per_location
 
-    def __call__(
-        self, anchors: Union[AnchorGrid, Sequence[Boxes]], gt_boxes: Sequence[Boxes]
-    ) -> Assignment:
+    def __call__(self, anchors: Anchors, gt_boxes: Sequence[Boxes]) -> Assignment:
         """Assign the anchors of a batch in one pass.
 
         Args:
@@ -79,15 +71,13 @@ class ATSSAssigner:
             gt_boxes: N `Boxes`, one per image, in the same frame.
 
         Returns:
-            `Assignment` of shape (N, R), with its sparse form.
+            `Assignment` of S = M * C samples.
         """
+        device = anchors.device if isinstance(anchors, AnchorGrid) else anchors[0].device
+        boxes = concatenate_boxes(gt_boxes, device)  # (M, 4)
         if isinstance(anchors, AnchorGrid):
-            device, num_anchors = anchors.device, sum(anchors.num_anchors_per_level)
-            boxes = concatenate_boxes(gt_boxes, device)  # (M, 4)
             candidates = nearest_on_lattice(anchors, box_centers(boxes), self.topk)
         else:
-            device, num_anchors = anchors[0].device, sum(len(level) for level in anchors)
-            boxes = concatenate_boxes(gt_boxes, device)
             topk = self.topk * self.anchors_per_location
             candidates = nearest_anchors(anchors, box_centers(boxes), topk)
 
@@ -98,9 +88,9 @@ class ATSSAssigner:
             is_claimed &= centers_inside(centers, boxes.unsqueeze(1), self.center_margin)
         if self.min_positives_per_gt:
             is_claimed |= self._rescue(is_claimed, ious)
-        return resolve_claims(
-            candidates.anchor_idxs, is_claimed, ious, [len(b) for b in gt_boxes], num_anchors
-        )
+        num_objects = [len(b) for b in gt_boxes]
+        num_anchors = sum(num_anchors_per_level(anchors))
+        return resolve_claims(candidates.anchor_idxs, is_claimed, ious, num_objects, num_anchors)
 
     def _rescue(self, is_claimed: Tensor, ious: Tensor) -> Tensor:
         """Claims for the best candidates of objects that have too few, (M, C) bool."""

@@ -1,7 +1,7 @@
-"""Which anchors of each level are nearest to an object?
+"""Candidates of each object: the anchors nearest to its centre on every level.
 
 The first half of ATSS's rule. On a lattice the answer is computed from the position of the object;
-`nearest_anchors` searches anchors that lie anyhow.
+`nearest_anchors` does a full search, for anchors that are not on a lattice.
 """
 
 import itertools
@@ -14,10 +14,7 @@ from torch import Tensor
 from detectron2.structures import Boxes
 
 from ..anchors import AnchorGrid
-from ..device import host_constant
 from ..geometry import box_centers, center_distances
-
-__all__ = ["Candidates", "nearest_anchors", "nearest_on_lattice"]
 
 
 class Candidates(NamedTuple):
@@ -50,11 +47,10 @@ def nearest_on_lattice(anchors: AnchorGrid, centers: Tensor, topk: int) -> Candi
     """
     device = anchors.device
     heights, widths = zip(*anchors.grid_sizes)
-    first_anchors = itertools.accumulate([0] + anchors.num_anchors_per_level[:-1])
-    steps_of_index = ([1] * len(widths), widths)  # from a column, a row to the next
-    table = host_constant([widths, heights, *steps_of_index, list(first_anchors)], device)
-    size, pitch = table[:2].unsqueeze(2), table[2:4].unsqueeze(2)  # (2, L, 1): axis before level
-    stride = host_constant(anchors.strides, device, torch.float32)  # (L,)
+    size = anchors.constant("sizes", [widths, heights]).unsqueeze(2)  # (2, L, 1): axis before level
+    # Steps of the flat index from a column, and from a row, to the next.
+    pitch = anchors.constant("pitches", [[1] * len(widths), widths]).unsqueeze(2)
+    stride = anchors.stride_values  # (L,)
     reach = (topk + 2) // 2  # the k + 1 nearest columns lie within so many of the nearest one
     span = torch.arange(2 * reach + 1, device=device)
 
@@ -73,7 +69,8 @@ def nearest_on_lattice(anchors: AnchorGrid, centers: Tensor, topk: int) -> Candi
     # selecting them copies whole blocks.
     squares = (steps * steps).permute(1, 3, 0, 2).contiguous()  # (2, S, M, L)
     terms = (places * pitch).int().permute(1, 3, 0, 2).contiguous()
-    column_ranks, row_ranks = host_constant(_window_ranks(topk), device)  # (T,) each
+    ranks = anchors.constant(("window ranks", topk), _window_ranks(topk))
+    column_ranks, row_ranks = ranks.unbind()  # (T,) each
     distances = squares[0].index_select(0, column_ranks)  # (T, M, L), in place: these are large
     distances += squares[1].index_select(0, row_ranks)
     # Bits of non-negative floats sort as the floats do; the location behind them breaks ties.
@@ -87,12 +84,12 @@ def nearest_on_lattice(anchors: AnchorGrid, centers: Tensor, topk: int) -> Candi
     keys = keys.topk(min(topk, keys.shape[2]), dim=2, largest=False).values  # (M, L, k)
 
     locations = keys & 0xFFFFFFFF
-    width, first_anchor = table[0].unsqueeze(1), table[4].unsqueeze(1)  # (L, 1)
+    width, first_anchor = anchors.widths.unsqueeze(1), anchors.level_starts.unsqueeze(1)  # (L, 1)
     rows = torch.div(locations, width, rounding_mode="floor")
     points = torch.stack((locations - rows * width, rows), dim=-1)  # (M, L, k, 2)
     points = (points + anchors.offset) * stride.view(-1, 1, 1)
 
-    cells = torch.stack(anchors.cell_anchors).unsqueeze(1)  # (L, 1, A, 4)
+    cells = anchors.cell_anchors.unsqueeze(1)  # (L, 1, A, 4)
     boxes = torch.cat((points, points), dim=-1).unsqueeze(3) + cells  # (M, L, k, A, 4)
     num_cells = anchors.num_cell_anchors
     anchor_idxs = (first_anchor + locations * num_cells).unsqueeze(3)
@@ -111,7 +108,7 @@ def nearest_on_lattice(anchors: AnchorGrid, centers: Tensor, topk: int) -> Candi
 
 
 def nearest_anchors(anchors: Sequence[Boxes], centers: Tensor, topk: int) -> Candidates:
-    """The k anchors nearest to each point on every level, for anchors that lie anyhow.
+    """The k anchors nearest to each point on every level, by a full search.
 
     Args:
         anchors: L `Boxes`.
@@ -139,10 +136,9 @@ def nearest_anchors(anchors: Sequence[Boxes], centers: Tensor, topk: int) -> Can
 def _window_ranks(topk: int) -> Tuple[Tuple[int, ...], Tuple[int, ...]]:
     """Pairs (rank by |dx|, rank by |dy|), from 0, of the locations that can be among the k nearest.
 
-    A location of ranks (a, b), counted from 1, is no nearer than the a * b locations whose ranks
-    are both no larger, itself among them. Rounding can make neighbours in rank equally near, so
-    those that differ by at most one rank on either axis (up to four, itself among them) do not
-    count against it. Once k others do, it is out.
+    A location in column rank a and row rank b (from 1) has at least a*b - 1 others that are no
+    farther, so only a*b <= k can qualify: 23 pairs for k = 9. Rounding may swap neighbouring ranks,
+    so one rank of margin is kept: 31 pairs.
     """
     ranks = range(1, topk + 2)
     pairs = [

@@ -1,20 +1,16 @@
-"""How do rules that compare every object with every anchor stay small?
+"""Work on all pairs of objects and anchors, within a memory budget.
 
 RetinaNet's, FCOS's and the top-k rule look at objects x anchors. They do so image by image and in
-chunks: whatever they hold at once fits a budget, however many objects an image has.
+chunks, so that what they hold at once fits a budget, however many objects an image has.
 """
 
-from typing import Iterator, List, Sequence, Tuple, Union
+from typing import Iterator, Tuple
 
 import torch
 from torch import Tensor
 
-from detectron2.structures import Boxes
-
-from ..anchors import AnchorGrid
+from ..checks import check_integer
 from ..geometry import box_areas
-
-__all__ = ["DEFAULT_BUDGET", "chunks", "level_sizes", "pairwise_ious"]
 
 # Floats that a dense rule may hold at once, 16 MiB. An image of COCO with 7 objects and 800x1333 px
 # needs 0.6 million for IoUs, so chunks are for crowds.
@@ -43,19 +39,8 @@ def chunks(total: int, floats_per_item: int, budget: int) -> Iterator[Tuple[int,
 
 def check_budget(rule: str, budget: int) -> int:
     """Refuse a budget that is not a positive integer; return it."""
-    if isinstance(budget, bool) or not isinstance(budget, int) or budget < 1:
-        raise ValueError(
-            f"{rule} needs a positive integer budget (floats held at once), got {budget!r}. Change "
-            f"model.assigner.budget; {DEFAULT_BUDGET} is the default."
-        )
-    return budget
-
-
-def level_sizes(anchors: Union[AnchorGrid, Sequence[Boxes]]) -> List[int]:
-    """Number of anchors on each level, from the host."""
-    if isinstance(anchors, AnchorGrid):
-        return anchors.num_anchors_per_level
-    return [len(level) for level in anchors]
+    name = "budget (float32 values held at once)"
+    return check_integer(rule, name, budget, 1, "model.assigner.budget")
 
 
 def pairwise_ious(boxes: Tensor, anchors: Tensor, out: Tensor) -> Tensor:

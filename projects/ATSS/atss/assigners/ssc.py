@@ -1,22 +1,21 @@
-"""Which anchor points lie in an object of the size their level is made for? (FCOS)
+"""FCOS's rule: points inside a box, on the pyramid level made for its size (Sec. 3.2).
 
-Spatial and scale constraint (Sec. 3.2): a point inside a box is a candidate, and each pyramid level
-is given a range of object sizes beforehand.
+The paper calls it the spatial and scale constraint: a point inside a box is a candidate, and each
+pyramid level is given a range of object sizes beforehand.
 """
 
-from typing import Optional, Sequence, Tuple, Union
+from typing import Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor
 
 from detectron2.structures import Boxes
 
-from ..anchors import AnchorGrid, concatenate_anchors
+from ..anchors import AnchorGrid, Anchors, concatenate_anchors, num_anchors_per_level
+from ..checks import check_range
 from ..geometry import box_areas, box_centers
-from .assignment import Assignment, concatenate_boxes
-from .pairwise import DEFAULT_BUDGET, check_budget, chunks, level_sizes
-
-__all__ = ["FCOS_SIZE_RANGES", "SSCAssigner"]
+from .assignment import Assignment, assign_all_anchors, concatenate_boxes
+from .pairwise import DEFAULT_BUDGET, check_budget, chunks
 
 FCOS_SIZE_RANGES = ((-1, 64), (64, 128), (128, 256), (256, 512), (512, float("inf")))
 
@@ -33,9 +32,8 @@ class SSCAssigner:
             without gaps.
         center_sampling_radius: positives lie also less than so many strides from the centre of the
             object, on both axes (Table 3, "center sampling": 1.5); None for no such limit.
-        center_margin: least distance in pixels from a positive's centre to every side, itself
-            excluded.
-        strides: strides of the levels for a plain list of `Boxes`, which does not tell; a grid
+        center_margin: least distance in pixels from a positive's centre to every side, exclusive.
+        strides: strides of the levels for a plain list of `Boxes`, which does not say; a grid
             does. Only the radius needs them.
         budget: float32 values held at once; work that needs more goes through the anchors in
             chunks.
@@ -54,20 +52,17 @@ class SSCAssigner:
         budget: int = DEFAULT_BUDGET,
     ):
         self.size_ranges = _check_ranges(size_ranges)
-        if center_sampling_radius is not None and not center_sampling_radius > 0:
-            raise ValueError(
-                "SSCAssigner needs a positive center_sampling_radius (in strides), or None for no "
-                f"center sampling, got {center_sampling_radius!r}. Change "
-                "model.assigner.center_sampling_radius."
-            )
+        if center_sampling_radius is not None:
+            check_range(
+                "SSCAssigner", "center_sampling_radius (in strides; None for no center sampling)",
+                center_sampling_radius, 0, key="model.assigner.center_sampling_radius", ends="(]",
+            )  # fmt: skip
         self.center_sampling_radius = center_sampling_radius
         self.center_margin = center_margin
         self.strides = tuple(float(stride) for stride in strides)
         self.budget = check_budget("SSCAssigner", budget)
 
-    def __call__(
-        self, anchors: Union[AnchorGrid, Sequence[Boxes]], gt_boxes: Sequence[Boxes]
-    ) -> Assignment:
+    def __call__(self, anchors: Anchors, gt_boxes: Sequence[Boxes]) -> Assignment:
         """Assign the anchors of a batch, image by image.
 
         Args:
@@ -75,12 +70,12 @@ class SSCAssigner:
             gt_boxes: N `Boxes`, one per image, in the same frame.
 
         Returns:
-            `Assignment` of shape (N, R).
+            `Assignment` of S = N * R samples.
 
         Raises:
             ValueError: if there are not as many size ranges (or strides) as levels.
         """
-        counts = level_sizes(anchors)
+        counts = num_anchors_per_level(anchors)
         if len(counts) != len(self.size_ranges):
             raise ValueError(
                 f"SSCAssigner has {len(self.size_ranges)} size ranges {list(self.size_ranges)}, "
@@ -102,11 +97,13 @@ class SSCAssigner:
             reach = [stride * self.center_sampling_radius for stride in strides]
             radius = _spread(reach, counts, centers.device)  # (R,) pixels
 
+        num_objects = [len(b) for b in gt_boxes]
         size = (len(gt_boxes), len(centers))
-        matched_idxs = torch.zeros(size, dtype=torch.int64, device=centers.device)
-        match_labels = torch.zeros(size, dtype=torch.int8, device=centers.device)
+        object_idxs = torch.zeros(size, dtype=torch.int64, device=centers.device)
+        is_positive = torch.zeros(size, dtype=torch.bool, device=centers.device)
         boxes = concatenate_boxes(gt_boxes, centers.device)
-        for i, image_boxes in enumerate(boxes.split([len(b) for b in gt_boxes])):
+        first_object = 0
+        for i, image_boxes in enumerate(boxes.split(num_objects)):
             # Smallest first: then the first object that wants an anchor wins it.
             order = box_areas(image_boxes).sort(stable=True).indices  # (M,)
             image_boxes = image_boxes[order]
@@ -122,10 +119,10 @@ class SSCAssigner:
                     largest[part],
                     None if radius is None else radius[part],
                 )
-                winner, is_positive = _first_true(wants)
-                matched_idxs[i, part] = order[winner]
-                match_labels[i, part] = is_positive.to(torch.int8)
-        return Assignment(matched_idxs, match_labels)
+                winner, is_positive[i, part] = _first_true(wants)
+                object_idxs[i, part] = order[winner] + first_object
+            first_object += len(image_boxes)
+        return assign_all_anchors(object_idxs, is_positive, num_objects)
 
     def _wants(
         self,

@@ -1,22 +1,20 @@
-"""Which few anchors of all suit an object best?
+"""The top-k rule: a fixed number of positives for every object, over all levels together.
 
-A fixed number of positives for every object, large or small, over all pyramid levels together: the
-plain alternative to letting the object's statistics decide.
+The plain alternative to letting the object's statistics decide.
 """
 
-from typing import List, Sequence, Union
+from typing import List, Sequence
 
 import torch
 from torch import Tensor
 
 from detectron2.structures import Boxes
 
-from ..anchors import AnchorGrid, concatenate_anchors
+from ..anchors import Anchors, concatenate_anchors
+from ..checks import check_integer
 from ..geometry import box_centers, center_distances, centers_inside, elementwise_iou
 from .assignment import Assignment, concatenate_boxes, resolve_claims, sortable
 from .pairwise import DEFAULT_BUDGET, check_budget, chunks, pairwise_ious
-
-__all__ = ["TopKAssigner"]
 
 # Weight of the distance against IoU: only to order anchors of the same IoU, in particular those of
 # small objects that overlap none.
@@ -32,8 +30,7 @@ class TopKAssigner:
 
     Args:
         topk: k, anchors per object (not times anchors per location).
-        center_margin: least distance in pixels from a positive's centre to every side, itself
-            excluded.
+        center_margin: least distance in pixels from a positive's centre to every side, exclusive.
         budget: float32 values held at once; work that needs more goes through the objects in
             chunks.
 
@@ -42,18 +39,11 @@ class TopKAssigner:
     """
 
     def __init__(self, topk: int = 9, center_margin: float = 0.01, budget: int = DEFAULT_BUDGET):
-        if isinstance(topk, bool) or not isinstance(topk, int) or topk < 1:
-            raise ValueError(
-                f"TopKAssigner needs an integer topk >= 1, got {topk!r}. Change "
-                "model.assigner.topk."
-            )
-        self.topk = topk
+        self.topk = check_integer("TopKAssigner", "topk", topk, 1, "model.assigner.topk")
         self.center_margin = center_margin
         self.budget = check_budget("TopKAssigner", budget)
 
-    def __call__(
-        self, anchors: Union[AnchorGrid, Sequence[Boxes]], gt_boxes: Sequence[Boxes]
-    ) -> Assignment:
+    def __call__(self, anchors: Anchors, gt_boxes: Sequence[Boxes]) -> Assignment:
         """Assign the anchors of a batch: candidates image by image, claims in one pass.
 
         Args:
@@ -61,7 +51,7 @@ class TopKAssigner:
             gt_boxes: N `Boxes`, one per image, in the same frame.
 
         Returns:
-            `Assignment` of shape (N, R), with its sparse form.
+            `Assignment` of S = M * k samples.
         """
         anchor_boxes = concatenate_anchors(anchors)  # (R, 4)
         boxes = concatenate_boxes(gt_boxes, anchor_boxes.device)  # (M, 4)

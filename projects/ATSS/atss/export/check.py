@@ -116,7 +116,7 @@ def compare_with_eager(
             )
         found = run(images)
         if raw_heads:
-            score_thresh = model.proposal_generator.score_thresh
+            score_thresh = model.proposal_generator.selector.score_thresh
             rows.append(_compare_raw(size, reference(images), found, score_thresh))
         else:
             rows.append(_compare(size, model, images, found))
@@ -171,7 +171,7 @@ def _per_image(outputs: Sequence[Tensor], batch_size: int) -> List[List[Tensor]]
 
 
 def _choices(model: ATSSDetector, images: Tensor) -> List[Choice]:
-    core = model.proposal_generator
+    core = model.proposal_generator.selector
     settings = core.nms_thresh, core.detections_per_image
     core.nms_thresh, core.detections_per_image = 1.0, -1
     try:

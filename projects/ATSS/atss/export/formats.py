@@ -160,7 +160,7 @@ def export_onnx(
         nms_operator(),
         num_classes=model.proposal_generator.num_classes,
         # More of one class than of the whole image are never kept.
-        most=max(model.proposal_generator.detections_per_image, 0),
+        most=max(model.proposal_generator.selector.detections_per_image, 0),
     )
     program = export_program(model, None, batch_size, example_size, raw_heads, nms)
     exported = torch.onnx.export(

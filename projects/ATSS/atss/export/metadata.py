@@ -202,15 +202,15 @@ def _score(core: nn.Module) -> Dict[str, Any]:
     formula = "sigmoid(logit)"
     if core.head.centerness is not None:
         formula += " * sigmoid(centerness)"
-        formula = f"sqrt({formula})" if core.sqrt_score else formula
+        formula = f"sqrt({formula})" if core.selector.sqrt_score else formula
     return {
         "formula": formula,
-        "threshold": core.score_thresh,
+        "threshold": core.selector.score_thresh,
         "threshold_is_for": "sigmoid(logit)",
-        "candidates_per_level": core.topk_candidates,
-        "nms_iou": core.nms_thresh,
+        "candidates_per_level": core.selector.topk_candidates,
+        "nms_iou": core.selector.nms_thresh,
         "nms_is": "per class, over all levels",
-        "detections_per_image": core.detections_per_image,
+        "detections_per_image": core.selector.detections_per_image,
     }
 
 

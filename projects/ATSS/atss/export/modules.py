@@ -16,8 +16,8 @@ from detectron2.structures import Instances
 
 from ..anchors import GraphBoxes
 from ..detector import ATSSDetector
-from ..head import flatten_levels
-from ..postprocessing.traceable import ClassNMS, detect, nms_per_class
+from ..postprocessing.traceable import ClassNMS, nms_per_class
+from ..predictions import flatten_levels
 
 __all__ = [
     "ExportableDetector",
@@ -62,18 +62,12 @@ class ExportableDetector(nn.Module):
         features = self.model.backbone(_normalize_and_pad(self.model, images))
         feature_list = [features[name] for name in core.in_features]
         anchors = core.anchor_generator._grid_anchors(feature_list)
-        results = detect(
+        results = core.selector.in_graph(
             core.head(feature_list),
             [GraphBoxes(level) for level in anchors],
             [(images.shape[-2], images.shape[-1])] * len(images),
-            core.box2box_transform.apply_deltas,
-            score_thresh=core.score_thresh,
-            topk=core.topk_candidates,
-            nms_thresh=core.nms_thresh,
-            max_detections=core.detections_per_image,
-            sqrt_score=core.sqrt_score,
-            box_offset=core.box_offset,
-            nms=self.nms,
+            core.decode,
+            self.nms,
         )
         return _join([tuple(result) for result in results])
 
@@ -109,11 +103,10 @@ class RawHeads(nn.Module):
         num_anchors = core.anchor_generator.num_anchors[0]
         anchors = torch.cat(core.anchor_generator._grid_anchors(feature_list))
         deltas = flatten_levels(predictions.deltas, num_anchors)
-        decode = core.box2box_transform.apply_deltas
-        boxes = torch.stack([decode(image_deltas, anchors) for image_deltas in deltas])
-        outputs = (flatten_levels(predictions.logits, num_anchors), boxes + core.box_offset)
-        if predictions.centerness is not None:
-            outputs += (flatten_levels(predictions.centerness, num_anchors).squeeze(2),)
+        boxes = torch.stack([core.decode(image_deltas, anchors) for image_deltas in deltas])
+        outputs = (flatten_levels(predictions.logits, num_anchors), boxes)
+        if predictions.quality is not None:
+            outputs += (flatten_levels(predictions.quality, num_anchors).squeeze(2),)
         return outputs
 
 

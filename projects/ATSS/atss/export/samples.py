@@ -56,8 +56,8 @@ def spread_scores(model: nn.Module, size: Size = (256, 320), std: float = 2.0) -
         hook.remove()
     _rescale(core.head.cls_logits, predictions.logits, std, -4.0)
     _rescale(core.head.bbox_pred, predictions.deltas, 0.5, None)
-    if predictions.centerness is not None:
-        _rescale(core.head.centerness, predictions.centerness, 1.0, 0.0)
+    if predictions.quality is not None:
+        _rescale(core.head.centerness, predictions.quality, 1.0, 0.0)
     predictors = getattr(getattr(model, "roi_heads", None), "box_predictor", nn.ModuleList())
     for predictor in predictors if isinstance(predictors, nn.ModuleList) else [predictors]:
         hook = predictor.cls_score.register_forward_hook(functools.partial(_spread_linear, std=std))

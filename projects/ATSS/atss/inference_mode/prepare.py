@@ -5,10 +5,10 @@ import functools
 from typing import Any, Mapping, NamedTuple, Optional
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from ..head import DensePredictions
 from ..layers import DeformConv2d
+from ..predictions import DensePredictions
 from ..training.loop import compile_dense_parts, has_fast_bfloat16
 from .folding import fold_batch_norms
 from .fused_layers import fuse_convolutions
@@ -185,10 +185,10 @@ class _CastImages:
         return (inputs[0].to(self.dtype), *inputs[1:])
 
 
-def _predictions_to_float32(module: nn.Module, inputs: Any, outputs: Any) -> DensePredictions:
-    return DensePredictions(
-        *(None if levels is None else [level.float() for level in levels] for levels in outputs)
-    )
+def _predictions_to_float32(
+    module: nn.Module, inputs: Any, outputs: DensePredictions
+) -> DensePredictions:
+    return outputs.map(Tensor.float)
 
 
 def _features_to_float32(module: nn.Module, inputs: Any) -> Any:

@@ -1,190 +1,186 @@
-"""How wrong are the predictions?
+"""Axis 3 of 4: the loss of a dense detector, three terms and what they are divided by."""
 
-Focal loss for the class of every anchor, a box loss for positives, binary cross-entropy for their
-centerness. Targets are made before and the box transform is passed in, so this file knows neither
-how positives were chosen nor where regression starts. Everything is computed in float32 with masks:
-no size depends on values, so a training step never waits for the GPU.
-"""
-
-from typing import Dict, Sequence, Tuple, Union
+from typing import Dict, Optional, Union
 
 import torch
-from fvcore.nn import smooth_l1_loss
 from torch import Tensor
 from torch import distributed as dist
 from torch.nn import functional as F
 
-from detectron2.structures import Boxes
 from detectron2.utils import comm
 
-from ..anchors import AnchorGrid, concatenate_anchors
+from ..anchors import AnchorGrid
 from ..box_regression import Box2BoxTransform, PointToBoxTransform
-from ..geometry import box_areas
-from ..head import DensePredictions
-from ..slots import locate, take
+from ..checks import check_choice, check_integer, check_range
+from ..geometry import elementwise_iou
+from ..predictions import DensePredictions, Places, read_maps
 from ..targets import Targets, centerness_targets
-from .classification import focal_loss_sum
-
-__all__ = ["DenseLoss", "elementwise_giou_loss", "reduce_mean"]
-
-_BOX_LOSSES = ("giou", "smooth_l1")
+from .boxes import elementwise_giou_loss, elementwise_smooth_l1_loss
+from .classification import ClassLoss, FocalLoss
 
 
 class DenseLoss:
     """Loss of a dense detector on one batch (Sec. 3.1; weights of the authors' release).
 
+    A class loss over all anchors, a box loss over positives, and binary cross-entropy for the
+    quality that the head predicts of them. Everything is float32, and read at the samples only: no
+    size depends on values, so a training step never waits for the GPU. `class_targets` and
+    `box_weights` of an assignment win over what this loss would take.
+
     Args:
         box2box_transform: axis 2, what the deltas mean.
         num_classes: K.
+        classification: class loss; `FocalLoss()` by default.
         box_loss: "giou" on decoded boxes, or "smooth_l1" on deltas.
         box_loss_weight: factor of the box loss: 2.0 with GIoU; 0.25 gives RetinaNet's division of
             smooth L1 by four times the positives.
-        centerness: whether the head predicts centerness. If so, the box loss of a positive is
-            weighted by its centerness target and normalised by their sum; else positives count
-            alike (our reading, the paper does not say).
-        focal_alpha: weight of positives against negatives in the focal loss, in [0, 1].
-        focal_gamma: its focusing exponent, >= 0.
+        quality: what the quality branch of the head learns: "centerness", or "iou" (of the
+            predicted box). Without effect for a head that has no such branch; None refuses one.
+        box_weighting: weight of a positive in the box loss: "quality", its quality target (1 for a
+            head without the branch: our reading, the paper does not say); "score", its highest
+            class probability (GFL); "iou", that of its predicted box; None, 1. Weighted losses are
+            divided by the sum of the weights over workers, others by the number of positives.
+        class_normalizer: the class loss is divided by the number of "positives", or by the sum of
+            their "targets".
         smooth_l1_beta: where smooth L1 turns from quadratic to linear.
 
     Raises:
-        ValueError: for an unknown box loss or numbers out of range.
+        ValueError: for an unknown name or numbers out of range.
     """
 
     def __init__(
         self,
         box2box_transform: Union[Box2BoxTransform, PointToBoxTransform],
         num_classes: int,
+        classification: Optional[ClassLoss] = None,
         box_loss: str = "giou",
         box_loss_weight: float = 2.0,
-        centerness: bool = True,
-        focal_alpha: float = 0.25,
-        focal_gamma: float = 2.0,
+        quality: Optional[str] = "centerness",
+        box_weighting: Optional[str] = "quality",
+        class_normalizer: str = "positives",
         smooth_l1_beta: float = 0.11,
     ):
-        if box_loss not in _BOX_LOSSES:
-            raise ValueError(
-                f"Unknown box loss {box_loss!r} for model.loss.box_loss; known are "
-                f"{list(_BOX_LOSSES)}."
-            )
-        for name, value, low, high in (
-            ("num_classes", num_classes, 1, float("inf")),
-            ("box_loss_weight", box_loss_weight, 0, float("inf")),
-            ("focal_alpha", focal_alpha, 0, 1),
-            ("focal_gamma", focal_gamma, 0, float("inf")),
-            ("smooth_l1_beta", smooth_l1_beta, 0, float("inf")),
+        for name, value, choices in (
+            ("box_loss", box_loss, ("giou", "smooth_l1")),
+            ("quality", quality, ("centerness", "iou", None)),
+            ("box_weighting", box_weighting, ("quality", "score", "iou", None)),
+            ("class_normalizer", class_normalizer, ("positives", "targets")),
         ):
-            if not low <= value <= high:
-                raise ValueError(f"DenseLoss needs {name} in [{low}, {high}], got {value}.")
+            check_choice("DenseLoss", name, value, choices, f"model.loss.{name}")
+        check_integer("DenseLoss", "num_classes", num_classes, 1, "model.num_classes")
+        check_range(
+            "DenseLoss", "box_loss_weight", box_loss_weight, 0, key="model.loss.box_loss_weight"
+        )
+        check_range(
+            "DenseLoss", "smooth_l1_beta", smooth_l1_beta, 0, key="model.loss.smooth_l1_beta"
+        )
         self.box2box_transform = box2box_transform
         self.num_classes = num_classes
+        self.classification = FocalLoss() if classification is None else classification
         self.box_loss = box_loss
         self.box_loss_weight = box_loss_weight
-        self.centerness = centerness
-        self.focal_alpha = focal_alpha
-        self.focal_gamma = focal_gamma
+        self.quality = quality
+        self.box_weighting = box_weighting
+        self.class_normalizer = class_normalizer
         self.smooth_l1_beta = smooth_l1_beta
 
     def __call__(
-        self,
-        predictions: DensePredictions,
-        anchors: Union[AnchorGrid, Sequence[Boxes]],
-        targets: Targets,
+        self, predictions: DensePredictions, anchors: AnchorGrid, targets: Targets
     ) -> Dict[str, Tensor]:
         """Losses of a batch, normalised over all workers.
 
         Args:
             predictions: raw output of the head, L tensors each.
-            anchors: the R anchors of the padded images.
-            targets: what they should have been, (N, R).
+            anchors: the grid of the padded images.
+            targets: what its samples should say.
 
         Returns:
-            0-dim float32 tensors "loss_cls", "loss_box_reg" and, with centerness,
-            "loss_centerness".
+            0-dim float32 tensors "loss_cls", "loss_box_reg" and, with a quality branch,
+            "loss_centerness" or "loss_iou".
+
+        Raises:
+            ValueError: for maps whose channels are not those that anchors and classes ask for, or
+                a quality branch that nothing would train.
         """
-        num_cell_anchors = predictions.deltas[0].shape[1] // 4
-        grid_sizes = [tuple(level.shape[-2:]) for level in predictions.deltas]
-        images, anchor_idxs, is_positive = _positive_slots(targets, self.num_classes)  # (S,) each
-        slots = locate(images, anchor_idxs, grid_sizes, num_cell_anchors)
+        predictions.check(self.num_classes)
+        has_quality = predictions.quality is not None
+        if has_quality and self.quality is None:
+            raise ValueError("DenseLoss has quality=None, but the head has a quality branch.")
+        assignment = targets.assignment
+        is_positive = assignment.is_positive  # (S,)
+        places = Places.of(anchors, assignment.image_idxs, assignment.anchor_idxs)
+        anchor_boxes = anchors.boxes_of(places.locations)  # (S, 4)
+        # Boxes of other samples must not reach log or division: their gradient could be NaN in
+        # spite of the mask.
+        gt_boxes = torch.where(is_positive.unsqueeze(1), targets.boxes, anchor_boxes)
+        deltas = read_maps(predictions.deltas, places, predictions.num_anchors).float()  # (S, 4)
+        boxes = self.box2box_transform.apply_deltas(deltas, anchor_boxes)
 
-        anchor_boxes = concatenate_anchors(anchors)[anchor_idxs]  # (S, 4)
-        # Undefined boxes must not reach log or division: their gradient could be NaN in spite of
-        # the mask.
-        gt_boxes = targets.boxes[images, anchor_idxs]
-        gt_boxes = torch.where(is_positive.unsqueeze(1), gt_boxes, anchor_boxes)
+        ious = elementwise_iou(boxes.detach(), gt_boxes) if self._uses_ious() else None
+        quality = None  # (S,)
+        if has_quality:
+            is_iou = self.quality == "iou"
+            quality = ious if is_iou else centerness_targets(anchor_boxes, gt_boxes)
+        class_targets = assignment.class_targets
+        if class_targets is None:
+            is_soft = self.classification.uses_ious
+            class_targets = ious if is_soft else torch.ones_like(gt_boxes[:, 0])
+        box_weights = assignment.box_weights
+        if box_weights is None:
+            box_weights = self._box_weights(predictions, places, quality, ious)
+        box_weights = is_positive if box_weights is None else box_weights * is_positive
 
-        num_positives = is_positive.sum().float()
-        centerness = centerness_targets(anchor_boxes, gt_boxes) * is_positive  # (S,)
-        num_positives, centerness_sum = reduce_mean(
-            torch.stack((num_positives, centerness.sum()))
+        sums = (is_positive, box_weights, class_targets * is_positive)
+        num_positives, weight_sum, target_sum = reduce_mean(
+            torch.stack([values.sum().float() for values in sums])
         ).unbind()
         num_positives = num_positives.clamp(min=1)
-        centerness_sum = centerness_sum.clamp(min=torch.finfo(torch.float32).eps)
+        least = torch.finfo(torch.float32).eps
+        weight_sum = num_positives if box_weights is is_positive else weight_sum.clamp(min=least)
+        class_sum = target_sum.clamp(min=1) if self.class_normalizer == "targets" else num_positives
 
-        deltas = take(predictions.deltas, slots, num_cell_anchors).float()  # (S, 4)
-        box_losses = self._box_losses(deltas, anchor_boxes, gt_boxes)  # (S,)
-        if self.centerness:
-            box_loss = (box_losses * centerness).sum() / centerness_sum
-        else:
-            box_loss = (box_losses * is_positive).sum() / num_positives
-        class_loss = focal_loss_sum(
+        class_loss = self.classification(
             predictions.logits,
-            slots,
-            targets.labels[images, anchor_idxs],
+            places,
+            targets.classes,
+            class_targets,
             is_positive,
-            num_cell_anchors,
-            # Sparse rules have no ignored anchors.
-            None if targets.claims is not None else targets.labels < 0,
-            self.focal_alpha,
-            self.focal_gamma,
+            predictions.num_anchors,
+            assignment.is_ignored,
         )
+        if self.box_loss == "giou":
+            box_losses = elementwise_giou_loss(boxes, gt_boxes)  # (S,)
+        else:
+            box_losses = elementwise_smooth_l1_loss(
+                deltas, anchor_boxes, gt_boxes, self.box2box_transform, self.smooth_l1_beta
+            )
         losses = {
-            "loss_cls": class_loss / num_positives,
-            "loss_box_reg": box_loss * self.box_loss_weight,
+            "loss_cls": class_loss / class_sum,
+            "loss_box_reg": (box_losses * box_weights).sum() / weight_sum * self.box_loss_weight,
         }
-        if self.centerness:
-            assert predictions.centerness is not None, "the head predicts no centerness"
-            logits = (
-                take(predictions.centerness, slots, num_cell_anchors).squeeze(1).float()
-            )  # (S,)
-            bce = F.binary_cross_entropy_with_logits(logits, centerness, reduction="none")
-            losses["loss_centerness"] = (bce * is_positive).sum() / num_positives
+        if has_quality:
+            logits = read_maps(predictions.quality, places, predictions.num_anchors)
+            logits = logits.squeeze(1).float()
+            bce = F.binary_cross_entropy_with_logits(logits, quality, reduction="none")
+            losses[f"loss_{self.quality}"] = (bce * is_positive).sum() / num_positives
         return losses
 
-    def _box_losses(self, deltas: Tensor, anchors: Tensor, gt_boxes: Tensor) -> Tensor:
-        """Box loss of each slot, (S,)."""
-        if self.box_loss == "giou":
-            boxes = self.box2box_transform.apply_deltas(deltas, anchors)
-            return elementwise_giou_loss(boxes, gt_boxes)
-        gt_deltas = self.box2box_transform.get_deltas(anchors, gt_boxes)
-        return smooth_l1_loss(deltas, gt_deltas, self.smooth_l1_beta).sum(dim=-1)
+    def _uses_ious(self) -> bool:
+        return self.classification.uses_ious or "iou" in (self.quality, self.box_weighting)
 
-
-def elementwise_giou_loss(boxes: Tensor, gt_boxes: Tensor, eps: float = 1e-7) -> Tensor:
-    """1 - GIoU of each pair (Rezatofighi et al., 2019), in float32.
-
-    fvcore's and torchvision's versions either wait for the GPU on a check of their input or fail
-    under bfloat16 autocast.
-
-    Args:
-        boxes: (S, 4) predicted boxes xyxy in pixels.
-        gt_boxes: (S, 4) boxes xyxy in pixels.
-        eps: added to areas in denominators.
-
-    Returns:
-        (S,) losses in [0, 2].
-    """
-    boxes, gt_boxes = boxes.float(), gt_boxes.float()
-    inner = torch.minimum(boxes[:, 2:], gt_boxes[:, 2:]) - torch.maximum(
-        boxes[:, :2], gt_boxes[:, :2]
-    )
-    outer = torch.maximum(boxes[:, 2:], gt_boxes[:, 2:]) - torch.minimum(
-        boxes[:, :2], gt_boxes[:, :2]
-    )
-    inner = inner.clamp(min=0)
-    intersection = inner[:, 0] * inner[:, 1]
-    union = box_areas(boxes) + box_areas(gt_boxes) - intersection + eps
-    hull = outer[:, 0] * outer[:, 1] + eps
-    return 1 - intersection / union + (hull - union) / hull
+    def _box_weights(
+        self,
+        predictions: DensePredictions,
+        places: Places,
+        quality: Optional[Tensor],
+        ious: Optional[Tensor],
+    ) -> Optional[Tensor]:
+        """Weights of the box losses, (S,) without gradient, or None for 1."""
+        if self.box_weighting == "score":
+            logits = [level.detach() for level in predictions.logits]
+            logits = read_maps(logits, places, predictions.num_anchors)  # (S, K)
+            return logits.amax(dim=1).float().sigmoid()
+        return {"quality": quality, "iou": ious, None: None}[self.box_weighting]
 
 
 def reduce_mean(values: Tensor) -> Tensor:
@@ -202,25 +198,3 @@ def reduce_mean(values: Tensor) -> Tensor:
     values = values.detach().clone()
     dist.all_reduce(values)
     return values / num_workers
-
-
-def _positive_slots(targets: Targets, num_classes: int) -> Tuple[Tensor, Tensor, Tensor]:
-    """Where positives can be, and where they are.
-
-    The candidates of all objects where the assigner names them (tens per object), else all anchors.
-
-    Returns:
-        (S,) int64 images, (S,) int64 anchors of the image and (S,) bool, true exactly once for
-        every positive of the batch.
-    """
-    labels = targets.labels
-    claims = targets.claims
-    if claims is None:
-        images, anchor_idxs = (
-            torch.arange(size, device=labels.device).view(shape).expand(labels.shape)
-            for size, shape in zip(labels.shape, ((-1, 1), (1, -1)))
-        )
-        is_positive = (labels >= 0) & (labels < num_classes)
-        return images.reshape(-1), anchor_idxs.reshape(-1), is_positive.view(-1)
-    images = claims.image_idxs.unsqueeze(1).expand_as(claims.anchor_idxs)
-    return images.reshape(-1), claims.anchor_idxs.reshape(-1), claims.is_won.view(-1)

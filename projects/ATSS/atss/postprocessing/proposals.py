@@ -1,10 +1,10 @@
-"""Which of the raw predictions are worth a second look? The first stage of a two-stage detector.
+"""Proposals of a first stage: the selection whose result a second stage judges again.
 
-As in Detectron2's RPN the best are kept whatever their score, because the second stage judges them
-again; only duplicates and boxes too small to pool from go.
+As in Detectron2's RPN the best are kept whatever their score; only duplicates and boxes too small
+to pool from are removed.
 """
 
-from typing import Callable, List, Optional, Sequence, Tuple
+from typing import List, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor
@@ -13,9 +13,9 @@ from torch.nn import functional as F
 from detectron2.layers import batched_nms
 from detectron2.structures import Boxes, Instances
 
-from ..head import DensePredictions, flatten_level
-
-__all__ = ["ProposalSelector", "log_scores", "log_to_logits"]
+from ..checks import check_integer, check_range
+from ..predictions import DensePredictions, flatten_level
+from .eager import Decode
 
 
 class ProposalSelector:
@@ -24,13 +24,16 @@ class ProposalSelector:
     Args:
         pre_nms_topk: how many boxes of a level go into NMS, in training and in evaluation.
         post_nms_topk: how many proposals an image gets, in training and in evaluation.
-        nms_thresh: IoU above which the lower score of two boxes goes. All levels compete: ATSS
+        nms_thresh: IoU above which the box of lower score is removed. All levels compete: ATSS
             assigns an object to several of them and their scores mean the same.
-        min_box_size: boxes that are not wider and higher than this go, in pixels.
+        min_box_size: boxes narrower or lower than this, in pixels, are removed, and empty ones.
+        sqrt_score: score is sqrt(class * quality) instead of the plain product.
 
     Raises:
         ValueError: for numbers out of range.
     """
+
+    is_first_stage = True
 
     def __init__(
         self,
@@ -38,23 +41,28 @@ class ProposalSelector:
         post_nms_topk: Tuple[int, int] = (1000, 1000),
         nms_thresh: float = 0.7,
         min_box_size: float = 0.0,
+        sqrt_score: bool = True,
     ):
         for name, value in (("pre_nms_topk", pre_nms_topk), ("post_nms_topk", post_nms_topk)):
-            if len(value) != 2 or min(value) < 1:
+            key = (
+                f"model.proposal_generator.selector.{name} (MODEL.RPN.{name.upper()}_TRAIN and "
+                "_TEST)"
+            )
+            if len(value) != 2:
                 raise ValueError(
                     f"ProposalSelector needs {name} as two numbers >= 1, for training and for "
-                    f"evaluation, got {value}. Change model.proposal_generator.proposal_selector "
-                    f"(MODEL.RPN.{name.upper()}_TRAIN and _TEST)."
+                    f"evaluation, got {value}. Change {key}."
                 )
-        if not 0 <= nms_thresh <= 1 or min_box_size < 0:
-            raise ValueError(
-                "ProposalSelector needs nms_thresh in [0, 1] and min_box_size >= 0, got "
-                f"{nms_thresh} and {min_box_size}."
-            )
+            for count in value:
+                check_integer("ProposalSelector", name, count, 1, key)
+        key = "model.proposal_generator.selector"
+        check_range("ProposalSelector", "nms_thresh", nms_thresh, 0, 1, f"{key}.nms_thresh")
+        check_range("ProposalSelector", "min_box_size", min_box_size, 0, key=f"{key}.min_box_size")
         self.pre_nms_topk = tuple(pre_nms_topk)
         self.post_nms_topk = tuple(post_nms_topk)
         self.nms_thresh = nms_thresh
         self.min_box_size = min_box_size
+        self.sqrt_score = sqrt_score
 
     @torch.no_grad()
     def __call__(
@@ -62,10 +70,8 @@ class ProposalSelector:
         predictions: DensePredictions,
         anchors: Sequence[Boxes],
         image_sizes: Sequence[Tuple[int, int]],
-        apply_deltas: Callable[[Tensor, Tensor], Tensor],
-        training: bool,
-        sqrt_score: bool = True,
-        box_offset: float = 0.0,
+        decode: Decode,
+        training: bool = False,
     ) -> List[Instances]:
         """Proposals of a batch; no gradient passes.
 
@@ -73,10 +79,8 @@ class ProposalSelector:
             predictions: raw output of a head with one class, L tensors each.
             anchors: L `Boxes`.
             image_sizes: N (height, width) in pixels, before padding.
-            apply_deltas: `(deltas, anchors) -> boxes` of the box transform.
+            decode: `(deltas, anchors) -> boxes`, (P, 4) each, boxes xyxy in pixels.
             training: which of the two numbers count.
-            sqrt_score: score is sqrt(class * centerness) instead of the plain product.
-            box_offset: pixels added to x and y of every box before clipping.
 
         Returns:
             N `Instances` with `proposal_boxes` and `objectness_logits`, by falling score. The
@@ -86,17 +90,17 @@ class ProposalSelector:
             FloatingPointError: in training, for predictions that are not finite.
         """
         pre_nms_topk = self.pre_nms_topk[0 if training else 1]
-        num_anchors = predictions.deltas[0].shape[1] // 4
+        num_anchors = predictions.num_anchors
         boxes_per_level, scores_per_level = [], []
         for i, level in enumerate(anchors):
-            centerness = None if predictions.centerness is None else predictions.centerness[i]
-            scores = log_scores(predictions.logits[i], centerness, sqrt_score)  # (N, Ri)
+            quality = None if predictions.quality is None else predictions.quality[i]
+            scores = log_scores(predictions.logits[i], quality, self.sqrt_score)  # (N, Ri)
             scores, order = scores.sort(dim=1, descending=True, stable=True)
             scores, order = scores[:, :pre_nms_topk], order[:, :pre_nms_topk]
             deltas = flatten_level(predictions.deltas[i], num_anchors)  # (N, Ri, 4)
             deltas = deltas.gather(1, order.unsqueeze(2).expand(-1, -1, 4))
-            boxes = apply_deltas(deltas.reshape(-1, 4).float(), level.tensor[order.reshape(-1)])
-            boxes_per_level.append(boxes.view(*order.shape, 4) + box_offset)
+            boxes = decode(deltas.reshape(-1, 4).float(), level.tensor[order.reshape(-1)])
+            boxes_per_level.append(boxes.view(*order.shape, 4))
             scores_per_level.append(scores)
         boxes = torch.cat(boxes_per_level, dim=1)  # (N, D, 4)
         scores = torch.cat(scores_per_level, dim=1)  # (N, D)
@@ -124,24 +128,24 @@ class ProposalSelector:
         return proposals
 
 
-def log_scores(logits: Tensor, centerness: Optional[Tensor], sqrt_score: bool = True) -> Tensor:
+def log_scores(logits: Tensor, quality: Optional[Tensor], sqrt_score: bool = True) -> Tensor:
     """Logarithm of the score of every anchor of a level.
 
     In logarithms small scores stay apart that would be equal, or 0, in float32.
 
     Args:
         logits: (N, A, Hi, Wi) logits of the only class.
-        centerness: (N, A, Hi, Wi) centerness logits or None.
-        sqrt_score: score is sqrt(class * centerness) instead of the plain product.
+        quality: (N, A, Hi, Wi) quality logits or None.
+        sqrt_score: score is sqrt(class * quality) instead of the plain product.
 
     Returns:
         (N, Hi*Wi*A) float32, at most 0, in the order of the anchors.
     """
     num_anchors = logits.shape[1]
     scores = F.logsigmoid(flatten_level(logits, num_anchors).float()).squeeze(2)
-    if centerness is None:
+    if quality is None:
         return scores
-    scores = scores + F.logsigmoid(flatten_level(centerness, num_anchors).float()).squeeze(2)
+    scores = scores + F.logsigmoid(flatten_level(quality, num_anchors).float()).squeeze(2)
     return scores / 2 if sqrt_score else scores
 
 

@@ -1,48 +1,24 @@
-"""Which of the raw predictions are detections, in a form that a graph can hold?
+"""Selection of detections in a form that a graph can hold.
 
-The same answers as `postprocessing.py`, whose speed comes from branches on sizes, numbers of boxes
-and values. A graph would keep the branch of its example image, so here there are none: one way for
-every image size and every number of boxes, none included. `torch.jit.trace` of the detector comes
-here by itself.
+The same answers as `eager.py`, whose speed comes from branches on sizes, numbers of boxes and
+values. A graph would keep the branch of its example image, so here there are none: one way for
+every image size and every number of boxes, none included.
 """
 
-import math
-from typing import Callable, List, NamedTuple, Optional, Sequence, Tuple, Union
+from typing import Callable, List, Optional, Sequence, Tuple, Union
 
 import torch
 import torchvision
 from torch import Tensor
 
-from detectron2.structures import Boxes, Instances
+from detectron2.structures import Boxes
 
-from ..anchors import GraphBoxes
-from ..head import DensePredictions, flatten_level
-
-__all__ = [
-    "GraphDetections",
-    "detect",
-    "detect_instances",
-    "move_like",
-    "nms_per_class",
-]
+from ..predictions import DensePredictions, flatten_level
+from .eager import Decode, Detections, logit
 
 # Heights and widths: numbers, or tensors of one number under `torch.jit.trace`.
 Size = Union[int, Tensor]
 ClassNMS = Callable[[Tensor, Tensor, Tensor, float], Tensor]
-
-
-class GraphDetections(NamedTuple):
-    """Detections of one image, by falling score.
-
-    Attributes:
-        boxes: (D, 4) xyxy in pixels.
-        scores: (D,) in [0, 1].
-        classes: (D,) int64 in 0..K-1.
-    """
-
-    boxes: Tensor
-    scores: Tensor
-    classes: Tensor
 
 
 @torch.jit.script_if_tracing
@@ -67,7 +43,7 @@ def nms_per_class(boxes: Tensor, ranks: Tensor, classes: Tensor, nms_thresh: flo
         boxes: (D, 4) xyxy in pixels.
         ranks: (D,) positive, higher is better, no two alike.
         classes: (D,) int64.
-        nms_thresh: IoU above which the worse of two boxes goes.
+        nms_thresh: IoU above which the worse of two boxes is removed.
 
     Returns:
         int64 indices of the boxes kept, best first.
@@ -81,43 +57,37 @@ def nms_per_class(boxes: Tensor, ranks: Tensor, classes: Tensor, nms_thresh: flo
     return torchvision.ops.nms(boxes + offsets.unsqueeze(1), ranks, nms_thresh)[:-2]
 
 
-def detect(
+def detect_in_graph(
     predictions: DensePredictions,
     anchors: Sequence[Boxes],
     image_sizes: Sequence[Tuple[Size, Size]],
-    apply_deltas: Callable[[Tensor, Tensor], Tensor],
+    decode: Decode,
     score_thresh: float = 0.05,
     topk: int = 1000,
     nms_thresh: float = 0.6,
     max_detections: int = 100,
     sqrt_score: bool = True,
-    box_offset: float = 0.0,
     nms: ClassNMS = nms_per_class,
-) -> List[GraphDetections]:
-    """Detections of a batch, as `postprocessing.detect` finds them.
+) -> List[Detections]:
+    """Detections of a batch, as `select_candidates` and `suppress` of `eager.py` find them.
 
     Args:
-        predictions: raw output of the head, L tensors each.
-        anchors: L `Boxes`.
-        image_sizes: N (height, width) in pixels, before padding.
-        apply_deltas: `(deltas, anchors) -> boxes` of the box transform.
-        score_thresh: least class score before centerness, itself excluded.
-        topk: how many candidates a level hands to NMS.
-        nms_thresh: see `nms_per_class`.
-        max_detections: how many to keep; negative keeps all.
-        sqrt_score: score is sqrt(class * centerness) instead of the plain product.
-        box_offset: pixels added to x and y of every box before clipping.
+        predictions, anchors, decode, score_thresh, topk, sqrt_score: see
+            `eager.select_candidates`.
+        image_sizes: N (height, width) in pixels, before padding; numbers, or tensors under
+            `torch.jit.trace`.
+        nms_thresh, max_detections: see `eager.suppress`.
         nms: `(boxes, ranks, classes, nms_thresh) -> indices`; boxes come best first.
 
     Returns:
-        N `GraphDetections`.
+        N `Detections`, by falling score.
     """
-    num_anchors = predictions.deltas[0].shape[1] // 4
+    num_anchors = predictions.num_anchors
     logits = [flatten_level(level, num_anchors) for level in predictions.logits]
     deltas = [flatten_level(level, num_anchors) for level in predictions.deltas]
-    centerness: List[Optional[Tensor]] = [None] * len(logits)
-    if predictions.centerness is not None:
-        centerness = [flatten_level(level, num_anchors) for level in predictions.centerness]
+    quality: List[Optional[Tensor]] = [None] * len(logits)
+    if predictions.quality is not None:
+        quality = [flatten_level(level, num_anchors) for level in predictions.quality]
 
     results = []
     for i, (height, width) in enumerate(image_sizes):
@@ -125,9 +95,9 @@ def detect(
             _select_candidates(
                 logits[j][i],
                 deltas[j][i],
-                None if centerness[j] is None else centerness[j][i],
+                None if quality[j] is None else quality[j][i],
                 level_anchors.tensor,
-                apply_deltas,
+                decode,
                 score_thresh,
                 topk,
                 sqrt_score,
@@ -135,52 +105,26 @@ def detect(
             for j, level_anchors in enumerate(anchors)
         ]
         boxes, scores, classes = (torch.cat(parts) for parts in zip(*levels))
-        boxes = _clip(boxes + box_offset, height, width)
+        boxes = _clip(boxes, height, width)
         # A box wholly outside has no area left, and NMS would never remove it.
         is_inside = (boxes[:, 2:] > boxes[:, :2]).all(dim=1)
         scores, order = scores[is_inside].sort(descending=True, stable=True)
         boxes, classes = boxes[is_inside][order], classes[is_inside][order]
-        # Places instead of scores: equal scores then mean the same to every implementation of NMS.
+        # Ranks in place of scores: equal scores then mean the same to every implementation of NMS.
         ranks = torch.ones_like(scores).cumsum(0).flip(0)  # D to 1
         keep = nms(boxes, ranks, classes, nms_thresh)
         if max_detections >= 0:
             keep = keep[:max_detections]
-        results.append(GraphDetections(boxes[keep], scores[keep], classes[keep]))
-    return results
-
-
-def detect_instances(
-    predictions: DensePredictions,
-    anchors: Sequence[Boxes],
-    image_sizes: Sequence[Tuple[Size, Size]],
-    apply_deltas: Callable[[Tensor, Tensor], Tensor],
-    **options,
-) -> List[Instances]:
-    """`detect` with the answer in Detectron2's terms.
-
-    Args:
-        predictions, anchors, image_sizes, apply_deltas, **options: see `detect`.
-
-    Returns:
-        N `Instances` with `pred_boxes`, `scores` and `pred_classes`, by falling score.
-    """
-    results = []
-    found = detect(predictions, anchors, image_sizes, apply_deltas, **options)
-    for image_size, detections in zip(image_sizes, found):
-        result = Instances(image_size)
-        result.pred_boxes = GraphBoxes(detections.boxes)
-        result.scores = detections.scores
-        result.pred_classes = detections.classes
-        results.append(result)
+        results.append(Detections(boxes[keep], scores[keep], classes[keep]))
     return results
 
 
 def _select_candidates(
     logits: Tensor,
     deltas: Tensor,
-    centerness: Optional[Tensor],
+    quality: Optional[Tensor],
     anchors: Tensor,
-    apply_deltas: Callable[[Tensor, Tensor], Tensor],
+    decode: Decode,
     score_thresh: float,
     topk: int,
     sqrt_score: bool,
@@ -190,31 +134,25 @@ def _select_candidates(
     Args:
         logits: (Ri, K) class logits.
         deltas: (Ri, 4).
-        centerness: (Ri, 1) centerness logits or None.
+        quality: (Ri, 1) logits or None.
         anchors: (Ri, 4) xyxy in pixels.
-        apply_deltas, score_thresh, topk, sqrt_score: see `detect`.
+        decode, score_thresh, topk, sqrt_score: see `detect_in_graph`.
     """
     num_classes = logits.shape[1]
-    # Compare before centerness multiplies in: a low centerness should re-rank a box, not remove it.
-    anchor_idxs, classes = (logits.float() > _logit(score_thresh)).nonzero().unbind(dim=1)
+    # Compare before quality multiplies in: a low one should re-rank a box, not remove it.
+    anchor_idxs, classes = (logits.float() > logit(score_thresh)).nonzero().unbind(dim=1)
     idxs = anchor_idxs * num_classes + classes
     scores = logits.reshape(-1)[idxs].float().sigmoid()
-    if centerness is not None:
-        scores = scores * centerness.reshape(-1)[anchor_idxs].float().sigmoid()
+    if quality is not None:
+        scores = scores * quality.reshape(-1)[anchor_idxs].float().sigmoid()
         if sqrt_score:
             scores = scores.sqrt()
     # Sorting and slicing, unlike topk, means the same for any number of candidates.
     scores, order = scores.sort(descending=True, stable=True)
     scores, order = scores[:topk], order[:topk]
     anchor_idxs, classes = anchor_idxs[order], classes[order]
-    boxes = apply_deltas(deltas[anchor_idxs], anchors[anchor_idxs])
+    boxes = decode(deltas[anchor_idxs], anchors[anchor_idxs])
     return boxes, scores, classes
-
-
-def _logit(probability: float) -> float:
-    if probability <= 0:
-        return -math.inf
-    return math.log(probability / (1 - probability)) if probability < 1 else math.inf
 
 
 def _clip(boxes: Tensor, height: Size, width: Size) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torchvision.ops import nms
 
 from ..geometry import box_areas, box_centers
-from .eager import Candidates
+from .eager import Detections
 
 __all__ = ["VoteGroups", "group_boxes", "vote_boxes"]
 
@@ -96,11 +96,11 @@ def group_boxes(
 
 
 def vote_boxes(
-    candidates: Candidates,
+    candidates: Detections,
     vote_thresh: float = 0.66,
     soft: bool = True,
     soft_score_thresh: float = 0.05,
-) -> Candidates:
+) -> Detections:
     """Replace every group of boxes of a class by its score-weighted mean.
 
     The mean has the best score of its group; a box that is alone stays exactly as it is. With
@@ -115,14 +115,14 @@ def vote_boxes(
         soft_score_thresh: least score of a box brought back.
 
     Returns:
-        `Candidates` by falling score, never more than came in.
+        `Detections` by falling score, never more than came in.
 
     Raises:
         ValueError: for a threshold outside (0, 1).
 
     Example:
         >>> boxes = torch.tensor([[0.0, 0.0, 8.0, 8.0], [0.0, 0.0, 8.0, 9.0]])
-        >>> pile = Candidates(boxes, torch.tensor([0.75, 0.25]), torch.tensor([3, 3]))
+        >>> pile = Detections(boxes, torch.tensor([0.75, 0.25]), torch.tensor([3, 3]))
         >>> vote_boxes(pile, soft=False).boxes
         tensor([[0.0000, 0.0000, 8.0000, 8.2500]])
     """
@@ -142,7 +142,7 @@ def vote_boxes(
     sizes = torch.bincount(group, minlength=len(heads))
     has_mean = (sizes > 1) & (sums[:, 4] > 0)
     means = (sums[:, :4] / sums[:, 4:]).to(boxes.dtype)
-    voted = Candidates(
+    voted = Detections(
         torch.where(has_mean[:, None], means, boxes[heads]), scores[heads], classes[heads]
     )
     if soft:
@@ -150,10 +150,10 @@ def vote_boxes(
         is_head = torch.zeros_like(classes, dtype=torch.bool)
         is_head[heads] = True
         is_back = ~is_head & (softened >= soft_score_thresh)
-        back = Candidates(boxes[is_back], softened[is_back], classes[is_back])
-        voted = Candidates(*(torch.cat(parts) for parts in zip(voted, back)))
+        back = Detections(boxes[is_back], softened[is_back], classes[is_back])
+        voted = Detections(*(torch.cat(parts) for parts in zip(voted, back)))
     order = voted.scores.argsort(descending=True, stable=True)
-    return Candidates(*(part[order] for part in voted))
+    return Detections(*(part[order] for part in voted))
 
 
 def _spatial_order(boxes: Tensor, classes: Tensor) -> Tensor:

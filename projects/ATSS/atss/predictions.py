@@ -1,0 +1,283 @@
+"""Raw output of a dense head, its layout in memory, and reading it at the samples of a batch."""
+
+from dataclasses import dataclass, field
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Union
+
+import torch
+from torch import Tensor
+
+from .anchors import AnchorGrid, Locations
+from .box_regression import Box2BoxTransform, PointToBoxTransform
+
+
+@dataclass(frozen=True)
+class DensePredictions:
+    """Raw output of a head, per level: lists of L tensors.
+
+    Attributes:
+        logits: (N, A*K, Hi, Wi) class logits, anchors before classes on axis 1.
+        deltas: (N, A*4, Hi, Wi) box deltas in the terms of the box transform. Always four numbers
+            an anchor: a head with another parametrisation turns it into these itself and keeps the
+            rest in `extra`.
+        quality: (N, A, Hi, Wi) logits of how well the box fits (centerness, or IoU), or None for a
+            head without.
+        num_anchors: A, anchors per location.
+        extra: what else a head has for its own loss, by name.
+    """
+
+    logits: List[Tensor]
+    deltas: List[Tensor]
+    quality: Optional[List[Tensor]]
+    num_anchors: int
+    extra: Dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def num_classes(self) -> int:
+        """K."""
+        return self.logits[0].shape[1] // self.num_anchors
+
+    def check(self, num_classes: int) -> None:
+        """Refuse maps whose channels are not what anchors and classes ask for.
+
+        Raises:
+            ValueError: naming the output, its channels and those needed.
+        """
+        expected = (
+            ("logits", self.logits, num_classes, "A*K"),
+            ("deltas", self.deltas, 4, "A*4"),
+            ("quality", self.quality, 1, "A"),
+        )
+        for name, maps, per_anchor, formula in expected:
+            for level in maps or ():
+                if level.shape[1] != self.num_anchors * per_anchor:
+                    raise ValueError(
+                        f"The head's {name} have {level.shape[1]} channels, but {formula} = "
+                        f"{self.num_anchors * per_anchor} are needed for A = {self.num_anchors} "
+                        f"anchors per location and K = {num_classes} classes. What a head predicts "
+                        "beyond that belongs into DensePredictions.extra."
+                    )
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> "DensePredictions":
+        """Apply a function to every map, `extra` excluded."""
+        logits, deltas, quality = (
+            None if maps is None else [function(level) for level in maps]
+            for maps in (self.logits, self.deltas, self.quality)
+        )
+        return DensePredictions(logits, deltas, quality, self.num_anchors, self.extra)
+
+
+class Places(NamedTuple):
+    """Where in the maps the predictions of S anchors lie.
+
+    Attributes:
+        image_idxs: (S,) int64, which of the N images.
+        locations: level, position and cell, (S,) each.
+        areas: (S,) int64, Hi * Wi of that level.
+    """
+
+    image_idxs: Tensor
+    locations: Locations
+    areas: Tensor
+
+    @classmethod
+    def of(cls, grid: AnchorGrid, image_idxs: Tensor, anchor_idxs: Tensor) -> "Places":
+        """Places of anchors given by image and by index among the R anchors of an image."""
+        locations = grid.locate(anchor_idxs)
+        return cls(image_idxs, locations, grid.areas[locations.levels])
+
+
+class FlatMaps(NamedTuple):
+    """Maps of all levels as flat views of their memory, in one common order.
+
+    Attributes:
+        values: L tensors (N * depth * Hi * Wi,).
+        depth: channels of every map.
+        channels_last: whether that order is image, row, column, channel instead of image, channel,
+            row, column.
+    """
+
+    values: List[Tensor]
+    depth: int
+    channels_last: bool
+
+    @classmethod
+    def of(cls, maps: Sequence[Tensor]) -> "FlatMaps":
+        """Views if all maps lie in memory in one of the two orders, else copies."""
+        channels_last = not all(x.is_contiguous() for x in maps) and all(
+            x.is_contiguous(memory_format=torch.channels_last) for x in maps
+        )
+        order = (0, 2, 3, 1) if channels_last else (0, 1, 2, 3)
+        return cls([x.permute(order).reshape(-1) for x in maps], maps[0].shape[1], channels_last)
+
+    def offsets(self, places: Places, num_anchors: int, which: Optional[Tensor] = None) -> Tensor:
+        """Where in `values` the predictions of S anchors lie, (S, D) int64.
+
+        Args:
+            places: of the S anchors.
+            num_anchors: A.
+            which: see `read_maps`.
+        """
+        per_anchor = self.depth // num_anchors
+        if which is None:
+            which = torch.arange(per_anchor, device=places.areas.device)
+        image_idxs, areas, positions, cells = (
+            x.unsqueeze(1) for x in (places.image_idxs, places.areas, *places.locations[1:])
+        )
+        channels = cells * per_anchor + which
+        if self.channels_last:
+            return (image_idxs * areas + positions) * self.depth + channels
+        return (image_idxs * self.depth + channels) * areas + positions
+
+
+class _Gather(torch.autograd.Function):
+    """`gather`; the backward of every level adds to zeros, without sorting."""
+
+    @staticmethod
+    def forward(ctx, levels: Tensor, offsets: Tensor, *values: Tensor) -> Tensor:
+        ctx.save_for_backward(levels, offsets)
+        ctx.sizes = [x.numel() for x in values]
+        result = values[0].new_zeros(offsets.shape)
+        for i, level in enumerate(values):
+            is_here = levels == i
+            here = level.index_select(0, torch.where(is_here, offsets, 0).view(-1))
+            result = torch.where(is_here, here.view(offsets.shape), result)
+        return result
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        levels, offsets = ctx.saved_tensors
+        grads = []
+        for i, size in enumerate(ctx.sizes):
+            is_here = levels == i
+            here, part = torch.where(is_here, offsets, 0), torch.where(is_here, grad, 0)
+            grads.append(grad.new_zeros(size).index_add_(0, here.view(-1), part.view(-1)))
+        return (None, None, *grads)
+
+
+def gather(levels: Tensor, offsets: Tensor, values: Sequence[Tensor]) -> Tensor:
+    """Values at offsets in several flat tensors; gradients flow back.
+
+    Args:
+        levels: (S,) int64, in which of the L tensors.
+        offsets: (S, D) int64, where there.
+        values: L flat tensors.
+
+    Returns:
+        (S, D) of the type of `values`.
+    """
+    return _Gather.apply(levels.unsqueeze(1), offsets, *values)
+
+
+def read_maps(
+    maps: Sequence[Tensor], places: Places, num_anchors: int, which: Optional[Tensor] = None
+) -> Tensor:
+    """Predictions of S anchors, without a copy of the maps; gradients flow back.
+
+    Args:
+        maps: L tensors (N, A*D, Hi, Wi), in either memory format.
+        places: of the S anchors.
+        num_anchors: A.
+        which: (S, D') int64 in 0..D-1, which of the D predictions of each anchor; all by default.
+
+    Returns:
+        (S, D) or (S, D').
+    """
+    flat = FlatMaps.of(maps)
+    offsets = flat.offsets(places, num_anchors, which)
+    return gather(places.locations.levels, offsets, flat.values)
+
+
+class PredictionsAt:
+    """What the head predicts at given samples, for rules that look at predictions.
+
+    Reads few values and copies no map. Everything is detached and float32, boxes are in the frame
+    of training.
+
+    Args:
+        predictions: raw output of the head.
+        anchors: the grid of the batch.
+        box2box_transform: what the deltas mean.
+    """
+
+    def __init__(
+        self,
+        predictions: DensePredictions,
+        anchors: AnchorGrid,
+        box2box_transform: Union[Box2BoxTransform, PointToBoxTransform],
+    ):
+        self.num_anchors = anchors.num_anchors
+        self.num_classes = predictions.num_classes
+        self._predictions = predictions.map(Tensor.detach)
+        self._anchors = anchors
+        self._transform = box2box_transform
+
+    def logits(self, image_idxs: Tensor, anchor_idxs: Tensor) -> Tensor:
+        """(S, K) class logits of samples, given by (S,) image and (S,) anchor of the image."""
+        return self._read(self._predictions.logits, image_idxs, anchor_idxs)
+
+    def class_logits(self, image_idxs: Tensor, anchor_idxs: Tensor, classes: Tensor) -> Tensor:
+        """(S,) logits of one class each, `classes` (S,) in 0..K-1."""
+        return self._read(
+            self._predictions.logits, image_idxs, anchor_idxs, classes.unsqueeze(1)
+        ).squeeze(1)
+
+    def boxes(self, image_idxs: Tensor, anchor_idxs: Tensor) -> Tensor:
+        """(S, 4) predicted boxes, xyxy in pixels."""
+        deltas = self._read(self._predictions.deltas, image_idxs, anchor_idxs)
+        return self._transform.apply_deltas(deltas, self._anchors.boxes_at(anchor_idxs))
+
+    def quality(self, image_idxs: Tensor, anchor_idxs: Tensor) -> Optional[Tensor]:
+        """(S,) quality logits, or None for a head without."""
+        if self._predictions.quality is None:
+            return None
+        return self._read(self._predictions.quality, image_idxs, anchor_idxs).squeeze(1)
+
+    def sum_over_classes(self, function: Callable[[Tensor], Tensor]) -> Tensor:
+        """Sum of an elementwise function of the logits over classes, (N, R) float32.
+
+        The function sees one image of one level at a time, (A, K, Hi*Wi) float32.
+        """
+        levels: List[Tensor] = []
+        for level in self._predictions.logits:
+            shape = (len(level), self._predictions.num_anchors, self.num_classes, -1)
+            sums = [function(image.float()).sum(dim=1) for image in level.reshape(shape)]
+            levels.append(torch.stack(sums).transpose(1, 2).reshape(len(level), -1))
+        return torch.cat(levels, dim=1)
+
+    def _read(
+        self,
+        maps: List[Tensor],
+        image_idxs: Tensor,
+        anchor_idxs: Tensor,
+        which: Optional[Tensor] = None,
+    ) -> Tensor:
+        places = Places.of(self._anchors, image_idxs, anchor_idxs)
+        return read_maps(maps, places, self._predictions.num_anchors, which).float()
+
+
+def flatten_level(prediction: Tensor, num_anchors: int) -> Tensor:
+    """Bring the predictions of a level into the order of its anchors: row, column, anchor.
+
+    Args:
+        prediction: (N, A*D, Hi, Wi).
+        num_anchors: A.
+
+    Returns:
+        (N, Hi*Wi*A, D).
+    """
+    num_images, channels, height, width = prediction.shape
+    prediction = prediction.view(num_images, num_anchors, channels // num_anchors, height, width)
+    return prediction.permute(0, 3, 4, 1, 2).reshape(num_images, -1, channels // num_anchors)
+
+
+def flatten_levels(predictions: Sequence[Tensor], num_anchors: int) -> Tensor:
+    """Predictions of all levels in the order of the R anchors of an image.
+
+    Args:
+        predictions: L tensors (N, A*D, Hi, Wi).
+        num_anchors: A.
+
+    Returns:
+        (N, R, D).
+    """
+    return torch.cat([flatten_level(level, num_anchors) for level in predictions], dim=1)
