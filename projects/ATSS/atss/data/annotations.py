@@ -1,4 +1,4 @@
-"""What makes an annotation unusable? The faults that every format of a data set can have."""
+"""Checks of image files and annotations that all formats of a data set share."""
 
 import logging
 import math
@@ -10,8 +10,8 @@ logger = logging.getLogger(__name__)
 
 PathLike = Union[str, "os.PathLike[str]"]
 
-SHOWN = 3  # faults of one kind that a message names; the others are counted
-EMPTY_SIDE = 1e-5  # pixels; Detectron2's filter_empty_instances drops boxes as thin as this
+_NUM_SHOWN = 3  # problems that a message names; the others are counted
+_EMPTY_SIDE = 1e-5  # pixels; Detectron2's filter_empty_instances drops boxes as thin as this
 
 
 def check_files_exist(files: Iterable[str], source: PathLike) -> None:
@@ -20,11 +20,11 @@ def check_files_exist(files: Iterable[str], source: PathLike) -> None:
     missing = [file for file in files if "://" not in file and not os.path.isfile(file)]
     if missing:
         raise FileNotFoundError(
-            f"Image files of {source} are missing ({len(missing)}): {shorten(missing)}."
+            f"Image files of {source} are missing ({len(missing)}): {_shorten(missing)}."
         )
 
 
-def box_fault(box: Any, has_corners: bool) -> Optional[str]:
+def box_problem(box: Any, has_corners: bool) -> Optional[str]:
     """What is wrong with a box, x1, y1, x2, y2 or x, y, width, height; None if nothing."""
     try:
         values = list(box)
@@ -49,24 +49,23 @@ def is_empty(corners: Sequence[float], image: Dict[str, Any]) -> bool:
     x1, y1, x2, y2 = corners
     width = min(x2, image.get("width", math.inf)) - max(x1, 0)
     height = min(y2, image.get("height", math.inf)) - max(y1, 0)
-    return width <= EMPTY_SIDE or height <= EMPTY_SIDE
+    return width <= _EMPTY_SIDE or height <= _EMPTY_SIDE
 
 
-def raise_if_any(faults: List[str], where: str) -> None:
-    """Stop with a ValueError if there are faults, naming the first few."""
-    if faults:
-        count = f" ({len(faults)} such faults)" if len(faults) > 1 else ""
-        raise ValueError(f"Bad annotations {where}{count}: {shorten(faults)}.")
+def raise_if_any(problems: List[str], where: str) -> None:
+    """Stop with a ValueError if there are problems, naming the first few."""
+    if problems:
+        count = f" ({len(problems)} such problems)" if len(problems) > 1 else ""
+        raise ValueError(f"Bad annotations {where}{count}: {_shorten(problems)}.")
 
 
-def shorten(items: List[str]) -> str:
-    """The first few items, and how many more there are."""
-    more = f"; and {len(items) - SHOWN} more" if len(items) > SHOWN else ""
-    return "; ".join(items[:SHOWN]) + more
-
-
-def log_empty_boxes(number: int, source: PathLike, for_evaluation: bool = False) -> None:
-    """Count the boxes without area in one line; COCO's evaluation does not leave them out."""
-    fate = "count as missed objects in the evaluation" if for_evaluation else "are dropped"
+def log_empty_boxes(number: int, source: PathLike, consequence: str = "are dropped") -> None:
+    """Count the boxes without area in one line."""
     if number:
-        logger.warning("%s: %d boxes without area in their image %s.", source, number, fate)
+        logger.warning("%s: %d boxes without area in their image %s.", source, number, consequence)
+
+
+def _shorten(items: List[str]) -> str:
+    """The first few items, and how many more there are."""
+    more = f"; and {len(items) - _NUM_SHOWN} more" if len(items) > _NUM_SHOWN else ""
+    return "; ".join(items[:_NUM_SHOWN]) + more
