@@ -256,7 +256,8 @@ def _check_inputs(layer: DeformConv2d, x: Tensor, offset: Tensor, mask: Optional
     for name, tensor in {"weight": layer.weight, **offsets}.items():
         if tensor.device != x.device:
             raise ValueError(
-                f"DeformConv2d has x on {x.device}, {name} on {tensor.device}; move them together."
+                f"DeformConv2d has x on {x.device}, {name} on {tensor.device}. Move one of them to "
+                "the device of the other."
             )
         is_floating = x.is_floating_point() and tensor.is_floating_point()
         if not is_floating or (x.dtype == torch.float64) != (tensor.dtype == torch.float64):
