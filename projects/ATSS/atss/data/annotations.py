@@ -4,7 +4,7 @@ import logging
 import math
 import numbers
 import os
-from typing import Any, Dict, Iterable, List, Optional, Sequence, Tuple, Union
+from typing import Any, Dict, Iterable, List, Union
 
 logger = logging.getLogger(__name__)
 
@@ -24,29 +24,30 @@ def check_files_exist(files: Iterable[str], source: PathLike) -> None:
         )
 
 
-def box_problem(box: Any, has_corners: bool) -> Optional[str]:
-    """What is wrong with a box, x1, y1, x2, y2 or x, y, width, height; None if nothing."""
+def is_empty_box(box: Any, has_corners: bool, image: Dict[str, Any]) -> bool:
+    """Whether a box has no area in its image.
+
+    Args:
+        box: x1, y1, x2, y2 or x, y, width, height, in pixels.
+        has_corners: whether it is the former.
+        image: its "width" and "height", if known: Detectron2 clips boxes, then drops empty ones.
+
+    Raises:
+        ValueError: it is no box. The message is a clause about it.
+    """
     try:
         values = list(box)
     except TypeError:
         values = []
     if len(values) != 4 or not all(isinstance(value, numbers.Real) for value in values):
-        return "which is not four numbers"
+        raise ValueError("which is not four numbers")
     if not all(math.isfinite(value) for value in values):
-        return "which is not finite"
-    x1, y1, x2, y2 = values if has_corners else to_corners(values)
-    return "which has x2 < x1 or y2 < y1 (a negative size)" if x2 < x1 or y2 < y1 else None
-
-
-def to_corners(box: Sequence[float]) -> Tuple[float, float, float, float]:
-    """x, y, width, height -> x1, y1, x2, y2."""
-    x, y, width, height = box
-    return x, y, x + width, y + height
-
-
-def is_empty(corners: Sequence[float], image: Dict[str, Any]) -> bool:
-    """Whether a box has no area in its image, to which Detectron2 clips boxes before it looks."""
-    x1, y1, x2, y2 = corners
+        raise ValueError("which is not finite")
+    x1, y1, x2, y2 = values
+    if not has_corners:
+        x2, y2 = x1 + x2, y1 + y2
+    if x2 < x1 or y2 < y1:
+        raise ValueError("which has x2 < x1 or y2 < y1 (a negative size)")
     width = min(x2, image.get("width", math.inf)) - max(x1, 0)
     height = min(y2, image.get("height", math.inf)) - max(y1, 0)
     return width <= _EMPTY_SIDE or height <= _EMPTY_SIDE

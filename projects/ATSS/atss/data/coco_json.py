@@ -9,16 +9,14 @@ counts them.
 import json
 import logging
 import os
-from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Set
+from typing import Any, Dict, List, NamedTuple, Sequence, Set
 
 from .annotations import (
     PathLike,
-    box_problem,
     check_files_exist,
-    is_empty,
+    is_empty_box,
     log_empty_boxes,
     raise_if_any,
-    to_corners,
 )
 
 logger = logging.getLogger(__name__)
@@ -72,13 +70,11 @@ def check_coco_json(
     images_by_id = {image["id"]: image for image in images}
     problems, num_empty = [], 0
     for annotation in annotations:
-        image = images_by_id.get(annotation["image_id"])
-        problem = _annotation_problem(annotation, image, known_classes)
-        if problem:
+        try:
+            num_empty += _is_empty_annotation(annotation, images_by_id, known_classes)
+        except ValueError as error:
             place = f"annotation {annotation['id']} of image {annotation['image_id']}"
-            problems.append(f"{place} {problem}")
-        else:
-            num_empty += is_empty(to_corners(annotation["bbox"]), image)
+            problems.append(f"{place} {error}")
     raise_if_any(problems, f"in {json_file}")
     # Training drops them, COCO's evaluation does not.
     counted = "count as missed objects in the evaluation" if for_evaluation else "are dropped"
@@ -110,7 +106,7 @@ def _read_json(json_file: PathLike) -> Dict[str, Any]:
 def _read_records(
     data: Dict[str, Any], name: str, kind: str, keys: Sequence[str], json_file: PathLike
 ) -> List[Record]:
-    """One of the lists of a COCO file; all records have these keys and an id of their own."""
+    """One of the lists of a COCO file; all records have these keys and a unique id."""
     records = data.get(name)
     if not isinstance(records, list) or not all(isinstance(record, dict) for record in records):
         raise ValueError(f'{json_file} is not a COCO file: it needs "{name}", a list of objects.')
@@ -139,15 +135,18 @@ def _check_keys(
             raise ValueError(f"In {json_file}, {kind} {name}{of_image} needs {names}{use}.")
 
 
-def _annotation_problem(
-    annotation: Record, image: Optional[Record], class_ids: Set[int]
-) -> Optional[str]:
-    """What is wrong with an annotation, as a predicate; None if nothing."""
+def _is_empty_annotation(
+    annotation: Record, images: Dict[Any, Record], class_ids: Set[int]
+) -> bool:
+    """Whether the box has no area; a ValueError says what is wrong with the annotation."""
+    image, box = images.get(annotation["image_id"]), annotation["bbox"]
     if image is None:
-        return "belongs to no image of the file"
+        raise ValueError("belongs to no image of the file")
     if annotation["category_id"] not in class_ids:
-        return f"has category_id {annotation['category_id']}, not in categories"
+        raise ValueError(f"has category_id {annotation['category_id']}, not in categories")
     if annotation.get("ignore", 0):
-        return 'has "ignore", which Detectron2 does not know; use "iscrowd"'
-    problem = box_problem(annotation["bbox"], has_corners=False)
-    return f"has bbox {annotation['bbox']}, {problem}" if problem else None
+        raise ValueError('has "ignore", which Detectron2 does not know; use "iscrowd"')
+    try:
+        return is_empty_box(box, has_corners=False, image=image)
+    except ValueError as error:
+        raise ValueError(f"has bbox {box}, {error}") from None

@@ -1,7 +1,7 @@
 """Loading of registered data sets, with checks that do not depend on their format."""
 
 import numbers
-from typing import Any, Dict, List, Optional, Sequence, Union
+from typing import Any, Dict, List, Sequence, Union
 
 import numpy as np
 
@@ -13,14 +13,7 @@ from detectron2.data.build import (
 from detectron2.data.detection_utils import check_metadata_consistency
 from detectron2.structures import BoxMode
 
-from .annotations import (
-    box_problem,
-    check_files_exist,
-    is_empty,
-    log_empty_boxes,
-    raise_if_any,
-    to_corners,
-)
+from .annotations import check_files_exist, is_empty_box, log_empty_boxes, raise_if_any
 
 
 def check_dataset_dicts(
@@ -48,13 +41,14 @@ def check_dataset_dicts(
         annotations = image.get("annotations", ())
         kept = []
         for index, annotation in enumerate(annotations):
-            problem = _annotation_problem(annotation, num_classes)
-            if problem:
+            try:
+                is_empty = _is_empty_instance(annotation, image, num_classes)
+            except ValueError as error:
                 name = image.get("image_id", number)
-                problems.append(f"annotation {index} (from 0) of image {name} has {problem}")
-            elif is_empty(_corners(annotation), image):
-                num_empty += 1
-            else:
+                problems.append(f"annotation {index} (from 0) of image {name} has {error}")
+                continue
+            num_empty += is_empty
+            if not is_empty:
                 kept.append(annotation)
         cleaned.append({**image, "annotations": kept} if len(kept) < len(annotations) else image)
     raise_if_any(problems, f"in data set {dataset_name}")
@@ -92,20 +86,16 @@ def load_dataset_dicts(
     return dataset_dicts
 
 
-def _annotation_problem(annotation: Dict[str, Any], num_classes: int) -> Optional[str]:
-    """What is wrong with an annotation, as the object of "has"; None if nothing."""
+def _is_empty_instance(annotation: Dict[str, Any], image: Dict[str, Any], num_classes: int) -> bool:
+    """Whether the box has no area; a ValueError says what the annotation has that is wrong."""
     mode, box = annotation.get("bbox_mode"), annotation.get("bbox")
     if mode not in (BoxMode.XYXY_ABS, BoxMode.XYWH_ABS):
-        return f"bbox_mode {mode!r}, and only XYXY_ABS and XYWH_ABS are known"
-    problem = box_problem(box, has_corners=mode == BoxMode.XYXY_ABS)
-    if problem:
-        return f"bbox {box.tolist() if isinstance(box, np.ndarray) else box}, {problem}"
+        raise ValueError(f"bbox_mode {mode!r}, and only XYXY_ABS and XYWH_ABS are known")
     class_id = annotation.get("category_id")
     if not isinstance(class_id, numbers.Integral) or not 0 <= class_id < num_classes:
-        return f"category_id {class_id}, and the model knows 0 to {num_classes - 1}"
-    return None
-
-
-def _corners(annotation: Dict[str, Any]) -> Sequence[float]:
-    box = annotation["bbox"]
-    return box if annotation["bbox_mode"] == BoxMode.XYXY_ABS else to_corners(box)
+        raise ValueError(f"category_id {class_id}, and the model knows 0 to {num_classes - 1}")
+    try:
+        return is_empty_box(box, mode == BoxMode.XYXY_ABS, image)
+    except ValueError as error:
+        shown = box.tolist() if isinstance(box, np.ndarray) else box
+        raise ValueError(f"bbox {shown}, {error}") from None
