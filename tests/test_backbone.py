@@ -1,3 +1,5 @@
+"""Backbones: deformable blocks compared with Detectron2's, pyramid levels, training and tracing."""
+
 import io
 
 import pytest
@@ -93,12 +95,13 @@ def test_p2_comes_with_res2_and_leaves_the_other_levels_alone():
 @pytest.mark.parametrize(
     "options, message",
     [
+        (dict(depth=42), r"depth to be one of \[18, 34, 50, 101, 152\], got 42"),
         (dict(depth=50, deform_on_per_stage=(True, True)), r"each of res2 to res5.*\[True, True\]"),
         (dict(depth=18, deform_on_per_stage=(False, False, False, True)), "below depth 50"),
         (dict(depth=50, in_features=("res2", "res4")), r"consecutive stages.*\['res2', 'res4'\]"),
     ],
 )
-def test_stages_that_do_not_fit_are_refused(options, message):
+def test_depth_and_stages_that_do_not_fit_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         resnet_fpn(**options, **THIN)
 

@@ -1,13 +1,17 @@
+"""The toy set: what is drawn, what is written, and when it is rendered."""
+
 import dataclasses
-import itertools
 import json
 import logging
 import os
+import shutil
 import subprocess
 import sys
 import time
+from pathlib import Path
+from unittest import mock
 
-import atss.data.toy_shapes
+import atss
 import cv2
 import numpy as np
 import pytest
@@ -17,10 +21,9 @@ from atss.data.toy_shapes import (
     ToyObject,
     ToyShapesOptions,
     coverage,
-    find_fault,
     polygon_area,
     render_dataset,
-    render_scene,
+    render_image,
     split_paths,
 )
 from pycocotools import mask as mask_api
@@ -41,21 +44,19 @@ def rendered_bytes(root):
 
 RENDER = """
 import sys, time, types
-package = types.ModuleType("atss")  # stands for the package, whose own __init__ imports PyTorch
-package.__path__ = [sys.argv[1]]
-sys.modules["atss"] = package
-from atss.data.toy_shapes import ToyShapesOptions, files, render_dataset
-if sys.argv[4] == "False":
-    files.fcntl = None
+for name in ("atss", "atss.data"):  # stand-ins for packages whose own __init__ imports PyTorch
+    sys.modules[name] = types.ModuleType(name)
+    sys.modules[name].__path__ = [name.replace("atss", sys.argv[1]).replace(".", "/")]
+from atss.data.toy_shapes import ToyShapesOptions, render_dataset
 time.sleep(max(0, float(sys.argv[3]) - time.time()))
-print(render_dataset(sys.argv[2], ToyShapesOptions(num_train=6, num_val=3)))
+print(render_dataset(sys.argv[2], ToyShapesOptions(num_train=int(sys.argv[4]), num_val=3)))
 print("numpy and cv2 only" if not {"torch", "detectron2"} & set(sys.modules) else "more")
 """
 
 
-def start_rendering(root, start=0.0, has_locks=True):
-    folder = os.path.dirname(os.path.dirname(atss.data.toy_shapes.__file__))
-    command = [sys.executable, "-c", RENDER, folder, str(root), str(start), str(has_locks)]
+def start_rendering(root, start=0.0, num_train=6):
+    package = os.path.dirname(atss.__file__)
+    command = [sys.executable, "-c", RENDER, package, str(root), str(start), str(num_train)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
 
 
@@ -65,8 +66,8 @@ def finish(process):
     return output.splitlines()
 
 
-def read_split(root, split):
-    paths = split_paths(root, split)
+def read_split(folder, split):
+    paths = split_paths(folder, split)
     return json.loads(paths.json_file.read_text()), paths.image_root
 
 
@@ -82,7 +83,7 @@ def test_default_set_has_the_numbers_of_its_specification():
 
 
 def test_objects_follow_the_distributions_of_their_options():
-    scenes = [render_scene(ToyShapesOptions(noise=0), "train", i)[1] for i in range(300)]
+    scenes = [render_image(ToyShapesOptions(noise=0), "train", i)[1] for i in range(300)]
     counts = np.bincount([len(objects) for objects in scenes], minlength=9)
     boxes = np.array([item.box for objects in scenes for item in objects], float)
     sizes = np.sqrt(boxes[:, 2] * boxes[:, 3])
@@ -101,7 +102,7 @@ def test_objects_follow_the_distributions_of_their_options():
 
 def test_noise_has_a_standard_deviation_of_eight_grey_levels():
     scenes = [
-        render_scene(ToyShapesOptions(noise=noise), "val", 0)[0].astype(float) for noise in (0, 8)
+        render_image(ToyShapesOptions(noise=noise), "val", 0)[0].astype(float) for noise in (0, 8)
     ]
     is_unclipped = (scenes[0] > 40) & (scenes[0] < 215)
     difference = (scenes[1] - scenes[0])[is_unclipped]
@@ -110,8 +111,8 @@ def test_noise_has_a_standard_deviation_of_eight_grey_levels():
 
 def test_background_is_smooth_and_changes_across_the_image():
     empty = ToyShapesOptions(min_objects=0, noise=0)
-    index = next(i for i in range(100) if not render_scene(empty, "train", i)[1])
-    image = render_scene(empty, "train", index)[0].astype(int)
+    index = next(i for i in range(100) if not render_image(empty, "train", i)[1])
+    image = render_image(empty, "train", index)[0].astype(int)
     assert np.abs(np.diff(image, axis=0)).max() <= 6 and np.abs(np.diff(image, axis=1)).max() <= 6
     assert image.std(axis=(0, 1)).max() > 10
 
@@ -164,7 +165,7 @@ def test_area_of_known_polygons():
 
 def test_later_objects_cover_earlier_ones():
     for index in range(50):
-        image, objects = render_scene(ToyShapesOptions(noise=0), "train", index)
+        image, objects = render_image(ToyShapesOptions(noise=0), "train", index)
         (x, y, width, height), polygon = objects[-1].box, objects[-1].polygon
         inside = coverage(objects[-1]) == 1
         colors = image[y : y + height, x : x + width][inside]
@@ -175,7 +176,7 @@ def test_other_options_give_more_and_smaller_objects_of_more_classes_in_larger_i
     options = ToyShapesOptions(
         image_size=400, min_objects=20, max_objects=30, num_classes=MAX_CLASSES, max_size=40
     )
-    scenes = [render_scene(options, "train", i) for i in range(10)]
+    scenes = [render_image(options, "train", i) for i in range(10)]
     assert all(image.shape == (400, 400, 3) and 20 <= len(o) <= 30 for image, o in scenes)
     assert {item.class_id for _, objects in scenes for item in objects} == set(range(MAX_CLASSES))
     boxes = np.array([item.box for _, objects in scenes for item in objects])
@@ -187,14 +188,19 @@ def test_other_options_give_more_and_smaller_objects_of_more_classes_in_larger_i
     [
         ({"num_classes": MAX_CLASSES + 1}, f"num_classes from 1 to {MAX_CLASSES}"),
         ({"num_classes": 0}, "num_classes"),
-        ({"image_size": 128}, "image_size of at least 255"),  # 180 * sqrt(2) = 254.6
-        ({"min_objects": 5, "max_objects": 4}, "min_objects <= max_objects"),
-        ({"min_size": 200.0}, "min_size <= max_size"),
-        ({"max_aspect_ratio": 0.5}, "max_aspect_ratio"),
-        ({"noise": -1.0}, "noise"),
-        ({"num_val": 0}, "num_val"),
-        ({"val_seed": 0}, "seeds? that differ|val_seed that differ"),
-        ({"train_seed": -1}, "seeds of at least 0"),
+        ({"image_size": 128}, r"max_size in \[2, 90.51\], got 180.0. Change image_size"),
+        ({"min_objects": 5, "max_objects": 4}, "min_objects from 0 to 4, got 5"),
+        ({"min_size": 175.0, "max_size": 170.0}, r"min_size in \[2, 170.0\], got 175.0"),
+        ({"max_size": float("nan")}, "max_size .*got nan"),
+        ({"max_aspect_ratio": 0.5}, "max_aspect_ratio >= 1, got 0.5"),
+        (
+            {"min_size": 2.0, "max_aspect_ratio": 9.0, "max_size": 80.0},
+            r"min_size in \[3.0, 80.0\]",
+        ),
+        ({"noise": -1.0}, "noise >= 0"),
+        ({"num_val": 0}, "num_val >= 1, got 0"),
+        ({"val_seed": 0}, "two different seeds"),
+        ({"train_seed": -1}, "train_seed >= 0, got -1"),
     ],
 )
 def test_impossible_options_are_refused_with_what_is_needed(changes, message):
@@ -206,14 +212,15 @@ def test_impossible_options_are_refused_with_what_is_needed(changes, message):
 
 
 def test_same_options_give_the_same_files_in_another_process_and_another_place(tmp_path):
-    render_dataset(tmp_path / "here", SMALL)
-    assert finish(start_rendering(tmp_path / "there")) == ["True", "numpy and cv2 only"]
-    assert rendered_bytes(tmp_path / "here") == rendered_bytes(tmp_path / "there")
+    here = render_dataset(tmp_path / "here", SMALL)
+    there, imported = finish(start_rendering(tmp_path / "there"))
+    assert rendered_bytes(here) == rendered_bytes(Path(there)) and imported == "numpy and cv2 only"
+    assert there == str(tmp_path / "there" / here.name)
 
 
 def test_seeds_change_the_images_and_splits_share_none(tmp_path):
     def image(options, split, index=0):
-        return render_scene(options, split, index)[0]
+        return render_image(options, split, index)[0]
 
     other = dataclasses.replace(SMALL, train_seed=7)
     assert (image(SMALL, "train") == image(SMALL, "train")).all()
@@ -224,9 +231,9 @@ def test_seeds_change_the_images_and_splits_share_none(tmp_path):
 
 
 def test_files_are_images_and_coco_annotations_that_record_their_seed(tmp_path):
-    assert render_dataset(tmp_path / "toy", SMALL)
+    folder = render_dataset(tmp_path, SMALL)
     for split, number, seed in (("train", 6, 0), ("val", 3, 1)):
-        data, image_root = read_split(tmp_path / "toy", split)
+        data, image_root = read_split(folder, split)
         assert data["info"]["seed"] == seed
         assert data["info"]["options"] == dataclasses.asdict(SMALL)
         assert [c["name"] for c in data["categories"]] == SMALL.class_names
@@ -234,7 +241,7 @@ def test_files_are_images_and_coco_annotations_that_record_their_seed(tmp_path):
         assert len(data["images"]) == number == len(os.listdir(image_root))
         for index, record in enumerate(data["images"]):
             image = cv2.imread(str(image_root / record["file_name"]))
-            scene, objects = render_scene(SMALL, split, index)
+            scene, objects = render_image(SMALL, split, index)
             assert image.shape == (record["height"], record["width"], 3)
             assert (image == scene).all()  # PNG keeps every value
             mine = [a for a in data["annotations"] if a["image_id"] == record["id"]]
@@ -243,8 +250,7 @@ def test_files_are_images_and_coco_annotations_that_record_their_seed(tmp_path):
 
 
 def test_polygons_in_the_file_have_the_annotated_box_and_area(tmp_path):
-    render_dataset(tmp_path / "toy", SMALL)
-    data, _ = read_split(tmp_path / "toy", "train")
+    data, _ = read_split(render_dataset(tmp_path, SMALL), "train")
     assert data["annotations"]
     for annotation in data["annotations"]:
         polygon = np.reshape(annotation["segmentation"][0], (-1, 2))
@@ -255,112 +261,99 @@ def test_polygons_in_the_file_have_the_annotated_box_and_area(tmp_path):
 
 def test_longer_set_begins_with_the_images_of_a_shorter_one():
     longer = dataclasses.replace(SMALL, num_train=600)
-    first, second = (render_scene(options, "train", 5)[0] for options in (SMALL, longer))
+    first, second = (render_image(options, "train", 5)[0] for options in (SMALL, longer))
     assert (first == second).all()
 
 
-# When it is rendered again
+# When it is rendered
 
 
-def test_intact_set_is_reused(tmp_path, caplog):
-    assert render_dataset(tmp_path / "toy", SMALL)
-    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "toy").rglob("*")}
+def test_existing_set_is_used_as_it_is(tmp_path, caplog):
+    folder = render_dataset(tmp_path, SMALL)
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
     with caplog.at_level(logging.INFO):
-        assert not render_dataset(tmp_path / "toy", SMALL)
-    assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "toy").rglob("*")}
+        assert render_dataset(str(tmp_path), SMALL) == folder
+    assert before == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
     assert "used as they are" in caplog.text
 
 
+def test_existing_set_in_a_read_only_place_is_used(tmp_path, monkeypatch):
+    folder = render_dataset(tmp_path, SMALL)
+    for name in ("mkdir", "rename", "open"):
+        monkeypatch.setattr(os, name, mock.Mock(side_effect=PermissionError))
+    assert render_dataset(tmp_path, SMALL) == folder
+
+
+def test_sets_with_other_options_or_of_another_renderer_lie_in_other_folders(tmp_path, monkeypatch):
+    other = dataclasses.replace(SMALL, num_train=2, num_classes=3)
+    folders = [render_dataset(tmp_path, SMALL), render_dataset(tmp_path, other)]
+    assert [len(read_split(f, "train")[0]["images"]) for f in folders] == [6, 2]
+    monkeypatch.setattr("atss.data.toy_shapes.files.RENDERER_VERSION", 2)
+    folders.append(render_dataset(tmp_path, SMALL))
+    assert sorted(folders) == sorted(tmp_path.iterdir()) and len(set(folders)) == 3
+
+
+def test_other_files_in_the_folder_of_toy_sets_are_left_alone(tmp_path):
+    (tmp_path / "holiday.jpg").write_text("a photo")
+    folder = render_dataset(tmp_path, SMALL)
+    assert (tmp_path / "holiday.jpg").read_text() == "a photo"
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([folder.name, "holiday.jpg"])
+
+
 @pytest.mark.parametrize(
-    "name, damage",
+    "function, behaviour, error",
     [
-        *itertools.product(
-            ["train/000002.png", "val/000001.png", "annotations/val.json"],
-            ["change", "truncate", "delete"],
-        ),
-        ("toy_shapes.json", "change"),
-        ("toy_shapes.json", "truncate"),
+        ("cv2.imwrite", {"side_effect": KeyboardInterrupt}, KeyboardInterrupt),
+        ("cv2.imwrite", {"return_value": False}, OSError),  # what OpenCV does when the disk is full
+        ("Path.write_text", {"side_effect": OSError("disk full")}, OSError),
+        ("os.rename", {"side_effect": PermissionError}, PermissionError),
     ],
 )
-def test_damaged_set_is_rendered_again_and_the_log_names_the_file(tmp_path, caplog, name, damage):
-    root = tmp_path / "toy"
-    render_dataset(root, SMALL)
-    good, file = rendered_bytes(root), root / name
-    if damage == "delete":
-        file.unlink()
-    else:
-        content = bytearray(file.read_bytes())
-        content[len(content) // 2] ^= 0xFF  # the size stays the same
-        file.write_bytes(content if damage == "change" else content[:100])
-    with caplog.at_level(logging.INFO):
-        assert render_dataset(root, SMALL)
-    assert name in caplog.text
-    assert rendered_bytes(root) == good
-    assert not list(tmp_path.glob(".*.partial"))
-
-
-def test_set_with_other_options_is_replaced(tmp_path, caplog):
-    render_dataset(tmp_path / "toy", SMALL)
-    other = dataclasses.replace(SMALL, num_train=2, num_classes=3)
-    with caplog.at_level(logging.INFO):
-        assert render_dataset(tmp_path / "toy", other)
-    assert "other options" in caplog.text
-    assert len(read_split(tmp_path / "toy", "train")[0]["images"]) == 2
-    assert find_fault(tmp_path / "toy", other) is None
-    assert "other options" in find_fault(tmp_path / "toy", SMALL)
-
-
-def test_folder_that_is_not_a_toy_set_is_never_replaced(tmp_path):
-    (tmp_path / "photos").mkdir()
-    (tmp_path / "photos" / "holiday.jpg").write_text("dear to somebody")
-    with pytest.raises(ValueError, match="photos exists and is no toy set"):
-        render_dataset(tmp_path / "photos", SMALL)
-    assert (tmp_path / "photos" / "holiday.jpg").read_text() == "dear to somebody"
-
-
-def test_empty_folder_is_filled(tmp_path):
-    (tmp_path / "toy").mkdir()
-    assert render_dataset(tmp_path / "toy", SMALL)
-    assert find_fault(tmp_path / "toy", SMALL) is None
-
-
-def test_interrupted_rendering_leaves_no_set_and_no_files(tmp_path, monkeypatch):
-    def interrupt(*args, **kwargs):
-        raise KeyboardInterrupt
-
+def test_interrupted_or_failed_rendering_leaves_nothing(
+    tmp_path, monkeypatch, function, behaviour, error
+):
     with monkeypatch.context() as patch:
-        patch.setattr("atss.data.toy_shapes.files.cv2.imwrite", interrupt)
-        with pytest.raises(KeyboardInterrupt):
-            render_dataset(tmp_path / "toy", SMALL)
-    assert not (tmp_path / "toy").exists() and not list(tmp_path.glob(".*.partial"))
-    assert render_dataset(tmp_path / "toy", SMALL)
+        patch.setattr(f"atss.data.toy_shapes.files.{function}", mock.Mock(**behaviour))
+        with pytest.raises(error):
+            render_dataset(tmp_path, SMALL)
+    assert not list(tmp_path.iterdir())
+    assert render_dataset(tmp_path, SMALL).is_dir()
 
 
-def test_leftovers_of_a_killed_process_are_removed(tmp_path):
-    leftover = tmp_path / ".toy.0123.partial"
-    (leftover / "train").mkdir(parents=True)
-    render_dataset(tmp_path / "toy", SMALL)
-    assert not leftover.exists()
+def test_killed_process_leaves_a_temporary_folder_that_is_not_taken_for_a_set(tmp_path):
+    process = start_rendering(tmp_path, num_train=5000)
+    while not list(tmp_path.glob(".rendering-*/set/train/*.png")):
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.kill()
+    process.communicate()
+    (left,) = tmp_path.iterdir()
+    assert left.name.startswith(".rendering-")
+    folder = render_dataset(tmp_path, SMALL)
+    assert len(read_split(folder, "train")[0]["images"]) == 6
 
 
-def test_full_disk_is_an_error_and_not_a_set(tmp_path, monkeypatch):
-    monkeypatch.setattr("atss.data.toy_shapes.files.cv2.imwrite", lambda *args: False)
-    with pytest.raises(OSError, match="could not write"):
-        render_dataset(tmp_path / "toy", SMALL)
-    assert not (tmp_path / "toy").exists()
+def test_processes_that_start_at_once_end_with_one_complete_set(tmp_path):
+    start = time.time() + 1.5  # all have imported what they need before
+    processes = [start_rendering(tmp_path / "toy", start) for _ in range(3)]
+    (folder,) = {finish(process)[0] for process in processes}
+    assert [str(path) for path in (tmp_path / "toy").iterdir()] == [folder]
+    assert rendered_bytes(Path(folder)) == rendered_bytes(render_dataset(tmp_path / "alone", SMALL))
 
 
-@pytest.mark.parametrize("has_locks", [True, False])
-def test_processes_that_start_at_once_end_with_one_intact_set(tmp_path, has_locks):
-    start = time.time() + 1.5  # by then all have imported what they need
-    processes = [start_rendering(tmp_path / "toy", start, has_locks) for _ in range(3)]
-    made = [finish(process)[0] for process in processes]
-    assert find_fault(tmp_path / "toy", SMALL) is None
-    assert not list(tmp_path.glob(".*.partial"))
-    assert made.count("True") == 1 if has_locks else "True" in made
+def test_set_that_another_process_finished_meanwhile_is_used(tmp_path, monkeypatch):
+    folder = render_dataset(tmp_path / "alone", SMALL)
+
+    def rename_when_too_late(source, target):
+        shutil.copytree(folder, target)
+        os.replace(source, target)  # fails, because the target is no empty folder
+
+    monkeypatch.setattr("atss.data.toy_shapes.files.os.rename", rename_when_too_late)
+    assert render_dataset(tmp_path / "toy", SMALL).name == folder.name
+    assert [path.name for path in (tmp_path / "toy").iterdir()] == [folder.name]
 
 
 def test_a_hundred_images_take_less_than_five_seconds(tmp_path):
     start = time.perf_counter()
-    render_dataset(tmp_path / "toy", ToyShapesOptions(num_train=99, num_val=1))
+    render_dataset(tmp_path, ToyShapesOptions(num_train=99, num_val=1))
     assert time.perf_counter() - start < 5  # about 0.6 s on one free core

@@ -30,14 +30,14 @@ TINY_YAML = [
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     """Command-line options for a set of ten images with four classes."""
-    root = tmp_path_factory.mktemp("shapes") / "set"
+    root = tmp_path_factory.mktemp("shapes")
     options = ToyShapesOptions(
         image_size=64, num_train=10, num_val=4, max_size=40, num_classes=4, max_objects=3
     )
-    render_dataset(root, options)
+    folder = render_dataset(root, options)
     arguments = []
     for split in ("train", "val"):
-        paths = split_paths(root, split)
+        paths = split_paths(folder, split)
         arguments += [f"--{split}-json", str(paths.json_file), f"--{split}-images"]
         arguments += [str(paths.image_root)]
     return arguments

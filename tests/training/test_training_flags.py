@@ -42,12 +42,12 @@ def small_config(output, *overrides):
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    root = tmp_path_factory.mktemp("shapes") / "set"
+    root = tmp_path_factory.mktemp("shapes")
     options = ToyShapesOptions(
         image_size=64, num_train=4, num_val=2, max_size=40, num_classes=2, max_objects=3
     )
-    render_dataset(root, options)
-    paths = {split: split_paths(root, split) for split in ("train", "val")}
+    folder = render_dataset(root, options)
+    paths = {split: split_paths(folder, split) for split in ("train", "val")}
     return argparse.Namespace(
         train_json=str(paths["train"].json_file),
         train_images=str(paths["train"].image_root),

@@ -1,4 +1,4 @@
-"""Which features does the head see? ResNet or ResNeXt with a feature pyramid P3 to P7.
+"""ResNet and ResNeXt with a feature pyramid P3 to P7, and their deformable stages.
 
 P6 comes from P5, not from C5 as in RetinaNet (Sec. 4, after FCOS).
 """
@@ -15,9 +15,8 @@ from detectron2.modeling.backbone import FPN, BasicStem, ResNet
 from detectron2.modeling.backbone.fpn import LastLevelP6P7
 from detectron2.modeling.backbone.resnet import BasicBlock, BottleneckBlock
 
+from .checks import check_choice
 from .layers import DeformConv2d, split_offsets
-
-__all__ = ["DeformBottleneckBlock", "P6P7FromP5", "build_atss_resnet_fpn_backbone", "resnet_fpn"]
 
 _BLOCKS_PER_STAGE = {
     18: (2, 2, 2, 2),
@@ -53,8 +52,8 @@ class DeformBottleneckBlock(BottleneckBlock):
 
     Args:
         in_channels, out_channels: channels of the input and the output.
-        deform_modulated: DCNv2, with a mask, instead of DCNv1.
-        deform_num_groups: groups of channels with offsets of their own.
+        deform_modulated: DCNv2, with a mask, in place of DCNv1.
+        deform_num_groups: groups of channels, each with its own offsets.
         **options: the other arguments of Detectron2's `BottleneckBlock`.
     """
 
@@ -124,13 +123,13 @@ def resnet_fpn(
     Args:
         depth: 18 or 34 (basic blocks), 50, 101 or 152 (bottlenecks).
         norm: normalisation in the ResNet, by Detectron2's names.
-        freeze_at: stages kept as they are: 1 the stem, 2 also res2; 0 trains all.
-        stride_in_1x1: stride in the first 1x1 convolution (MSRA weights) instead of the 3x3.
+        freeze_at: stages that are not trained: 1 the stem, 2 also res2; 0 trains all.
+        stride_in_1x1: stride in the first 1x1 convolution (MSRA weights), not in the 3x3.
         num_groups: groups of the 3x3 convolutions, 32 or 64 in ResNeXt.
         width_per_group: channels of each group in res2.
         stem_out_channels: channels after the stem.
         res2_out_channels: channels of res2, 256 for bottlenecks, 64 for basic blocks as published;
-            each stage doubles them. Less makes a thinner network.
+            each stage doubles them.
         in_channels: channels of the image.
         out_channels: channels of the pyramid.
         fpn_norm: normalisation in the pyramid; "" is the paper's.
@@ -138,20 +137,16 @@ def resnet_fpn(
         deform_on_per_stage: whether 3x3 convolutions of res2, res3, res4, res5 are deformable. The
             paper: from res3 in ResNet, from res4 in ResNeXt.
         deform_modulated, deform_num_groups: see `DeformBottleneckBlock`.
-        in_features: stages that get a pyramid level; with "res2" in front there is a "p2".
+        in_features: stages that get a pyramid level; "res2" adds a "p2".
         frozen_bn_eps: added to the variance of "FrozenBN"; the authors' release has 0.
 
     Returns:
         Detectron2's `FPN`; its parameters have Detectron2's names, so zoo weights load.
 
     Raises:
-        ValueError: for a depth that does not exist, or stages that do not fit it.
+        ValueError: for an unknown depth, or stages that do not fit it.
     """
-    if depth not in _BLOCKS_PER_STAGE:
-        raise ValueError(
-            f"Unknown ResNet depth {depth} for model.backbone.depth; known are "
-            f"{sorted(_BLOCKS_PER_STAGE)}."
-        )
+    check_choice("resnet_fpn", "depth", depth, _BLOCKS_PER_STAGE, "model.backbone.depth")
     if len(deform_on_per_stage) != 4 or (depth < 50 and any(deform_on_per_stage)):
         raise ValueError(
             "model.backbone.deform_on_per_stage (MODEL.RESNETS.DEFORM_ON_PER_STAGE) has one value "

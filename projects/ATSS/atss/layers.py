@@ -1,4 +1,4 @@
-"""Layers that are not in Detectron2, or not everywhere: level scales, deformable convolution.
+"""Layers that Detectron2 lacks: level scales, and deformable convolutions for every device.
 
 Detectron2's deformable layers need its compiled part, train on a GPU only and cannot be scripted.
 The ones here hold the same parameters and take the same arguments, on torchvision's operator.
@@ -12,17 +12,9 @@ from torchvision.ops import deform_conv2d
 
 from detectron2.layers import deform_conv as d2_deform
 
-from . import deform_kernels
-from .deform_kernels import set_deform_kernel
+from .checks import check_choice
 
-__all__ = [
-    "DeformConv2d",
-    "LevelScale",
-    "PackedDeformConv2d",
-    "set_deform_kernel",
-    "split_offsets",
-    "swap_deform_convs",
-]
+_kernel = "torchvision"  # what `set_deform_kernel` set last
 
 
 class LevelScale(nn.Module):
@@ -42,17 +34,17 @@ class LevelScale(nn.Module):
 
 
 class DeformConv2d(nn.Module):
-    """Deformable convolution: each tap of the kernel reads where an offset says (DCNv1, DCNv2).
+    """Deformable convolution: each tap of the kernel is displaced by an offset (DCNv1, DCNv2).
 
-    Takes the place of Detectron2's `DeformConv` (call it without a mask) and `ModulatedDeformConv`
-    (with one): same parameter names, same order of offset channels, so their weights load
-    unchanged. Computes in float32 at least, because the operator knows neither bfloat16 nor mixed
-    types; the result has the type of x.
+    Replaces Detectron2's `DeformConv` (called without a mask) and `ModulatedDeformConv` (with one):
+    parameter names and order of offset channels are the same, so their weights load unchanged. It
+    computes in float32 at least, because the operator supports neither bfloat16 nor mixed types;
+    the result has the type of x.
 
     Args:
         in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias: as in
             `nn.Conv2d`.
-        deformable_groups: groups of input channels with offsets of their own.
+        deformable_groups: groups of input channels, each with its own offsets.
         norm: applied to the result, if given.
         activation: applied last, if given.
 
@@ -122,8 +114,10 @@ class DeformConv2d(nn.Module):
             ValueError: for channels or sizes that do not fit, or tensors on different devices.
             TypeError: for types that are not floating, or float64 mixed with others.
         """
-        if not torch.jit.is_scripting() and not torch.jit.is_tracing():
-            _check_inputs(self, x, offset, mask)
+        return self._deform(x, offset, mask)
+
+    def _deform(self, x: Tensor, offset: Tensor, mask: Optional[Tensor]) -> Tensor:
+        """`forward`, under a name by which TorchScript lets a subclass call it."""
         out = self._convolve(x, offset, mask)
         if self.norm is not None:
             out = self.norm(out)
@@ -131,25 +125,17 @@ class DeformConv2d(nn.Module):
 
     def _convolve(self, x: Tensor, offset: Tensor, mask: Optional[Tensor]) -> Tensor:
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-        inputs = x.to(dtype)
-        offset = offset.to(dtype)
-        mask = mask.to(dtype) if mask is not None else None
-        weight = self.weight.to(dtype)
-        bias = self.bias
-        if bias is not None:
-            bias = bias.to(dtype)
-        if not torch.jit.is_scripting():
-            is_tracing = torch.jit.is_tracing()
-            if deform_kernels.selected() == "detectron2" and x.is_cuda and not is_tracing:
-                out = deform_kernels.detectron2_deform_conv(
-                    inputs, offset, mask, weight, bias,
-                    self.stride, self.padding, self.dilation, self.groups, self.deformable_groups,
-                )  # fmt: skip
+        inputs, offsets, weight = x.to(dtype), offset.to(dtype), self.weight.to(dtype)
+        factors = mask.to(dtype) if mask is not None else None
+        bias = self.bias.to(dtype) if self.bias is not None else None
+        # Graphs have torchvision's operator and no checks, which a trace would record as constants.
+        if not torch.jit.is_scripting() and not torch.jit.is_tracing():
+            _check_inputs(self, x, offset, mask)
+            if _kernel == "detectron2" and x.is_cuda:
+                out = _detectron2_deform_conv(self, inputs, offsets, factors, weight, bias)
                 return out.to(x.dtype)
-        out = deform_conv2d(
-            inputs, offset, weight, bias, self.stride, self.padding, self.dilation, mask
-        )
-        return out.to(x.dtype)
+        window = (self.stride, self.padding, self.dilation)
+        return deform_conv2d(inputs, offsets, weight, bias, *window, factors).to(x.dtype)
 
     def extra_repr(self) -> str:
         return (
@@ -161,14 +147,14 @@ class DeformConv2d(nn.Module):
 
 
 class PackedDeformConv2d(DeformConv2d):
-    """`DeformConv2d` that predicts its own offsets, so that it fits where an `nn.Conv2d` was.
+    """`DeformConv2d` that predicts its own offsets, so that it can replace an `nn.Conv2d`.
 
     The offsets come from `conv_offset`, an ordinary convolution of the same window. It starts at
     zero: the layer then samples the regular grid, with all masks at 1/2.
 
     Args:
-        in_channels, out_channels, kernel_size, stride, padding, dilation, groups,
-            deformable_groups, bias, norm, activation: see `DeformConv2d`.
+        in_channels, out_channels, kernel_size, bias: see `DeformConv2d`.
+        *window, **options: its other arguments.
         modulated: also predict a mask (DCNv2).
     """
 
@@ -177,34 +163,17 @@ class PackedDeformConv2d(DeformConv2d):
         in_channels: int,
         out_channels: int,
         kernel_size: Union[int, Tuple[int, int]],
-        stride: Union[int, Tuple[int, int]] = 1,
-        padding: Union[int, Tuple[int, int]] = 0,
-        dilation: Union[int, Tuple[int, int]] = 1,
-        groups: int = 1,
-        deformable_groups: int = 1,
+        *window,
         bias: bool = True,
-        norm: Optional[nn.Module] = None,
-        activation: Optional[Callable[[Tensor], Tensor]] = None,
         modulated: bool = True,
+        **options,
     ):
-        super().__init__(
-            in_channels,
-            out_channels,
-            kernel_size,
-            stride,
-            padding,
-            dilation,
-            groups,
-            deformable_groups,
-            bias,
-            norm,
-            activation,
-        )
+        super().__init__(in_channels, out_channels, kernel_size, *window, bias=bias, **options)
         self.modulated = modulated
         num_taps = self.kernel_size[0] * self.kernel_size[1]
         self.conv_offset = nn.Conv2d(
             in_channels,
-            deformable_groups * num_taps * (3 if modulated else 2),
+            self.deformable_groups * num_taps * (3 if modulated else 2),
             self.kernel_size,
             self.stride,
             self.padding,
@@ -216,10 +185,7 @@ class PackedDeformConv2d(DeformConv2d):
     def forward(self, x: Tensor) -> Tensor:
         """(N, in_channels, H, W) to (N, out_channels, Ho, Wo)."""
         offset, mask = split_offsets(self.conv_offset(x), self.modulated)
-        out = self._convolve(x, offset, mask)
-        if self.norm is not None:
-            out = self.norm(out)
-        return self.activation(out)
+        return self._deform(x, offset, mask)
 
 
 def split_offsets(predictions: Tensor, modulated: bool) -> Tuple[Tensor, Optional[Tensor]]:
@@ -240,10 +206,10 @@ def split_offsets(predictions: Tensor, modulated: bool) -> Tuple[Tensor, Optiona
 
 
 def swap_deform_convs(model: nn.Module) -> nn.Module:
-    """Put `DeformConv2d` in the place of Detectron2's deformable layers, weights kept.
+    """Replace Detectron2's deformable layers by `DeformConv2d`, with their weights.
 
-    Afterwards the model trains on CPU and exports. Parameters stay the same objects under the same
-    names, so an optimizer made before still holds them.
+    Afterwards the model trains on a CPU and can be exported. Parameters remain the same objects
+    under the same names, so an existing optimizer still holds them.
 
     Args:
         model: any model; changed in place.
@@ -286,17 +252,15 @@ def _check_inputs(layer: DeformConv2d, x: Tensor, offset: Tensor, mask: Optional
         raise ValueError(
             f"DeformConv2d takes x of shape (N, {layer.in_channels}, H, W), got {tuple(x.shape)}."
         )
-    names = ["offset"] if mask is None else ["offset", "mask"]
-    tensors = [offset] if mask is None else [offset, mask]
-    for name, tensor in [("weight", layer.weight), *zip(names, tensors)]:
+    offsets = {"offset": offset} if mask is None else {"offset": offset, "mask": mask}
+    for name, tensor in {"weight": layer.weight, **offsets}.items():
         if tensor.device != x.device:
             raise ValueError(
-                f"DeformConv2d has x on {x.device}, {name} on {tensor.device}; bring them to one."
+                f"DeformConv2d has x on {x.device}, {name} on {tensor.device}. Move one of them to "
+                "the device of the other."
             )
-        is_double = (tensor.dtype == torch.float64, x.dtype == torch.float64)
-        if not (tensor.is_floating_point() and x.is_floating_point()) or any(is_double) != all(
-            is_double
-        ):
+        is_floating = x.is_floating_point() and tensor.is_floating_point()
+        if not is_floating or (x.dtype == torch.float64) != (tensor.dtype == torch.float64):
             raise TypeError(
                 f"DeformConv2d has x of {x.dtype} but {name} of {tensor.dtype}; it takes float64 "
                 "throughout, or float32, float16 and bfloat16."
@@ -304,7 +268,7 @@ def _check_inputs(layer: DeformConv2d, x: Tensor, offset: Tensor, mask: Optional
     window = zip(x.shape[2:], layer.kernel_size, layer.stride, layer.padding, layer.dilation)
     size = tuple((n + 2 * p - (d * (k - 1) + 1)) // s + 1 for n, k, s, p, d in window)
     num_taps = layer.deformable_groups * layer.kernel_size[0] * layer.kernel_size[1]
-    for name, tensor, channels in zip(names, tensors, (2 * num_taps, num_taps)):
+    for (name, tensor), channels in zip(offsets.items(), (2 * num_taps, num_taps)):
         expected = (x.shape[0], channels, *size)
         if tuple(tensor.shape) != expected:
             raise ValueError(
@@ -312,3 +276,52 @@ def _check_inputs(layer: DeformConv2d, x: Tensor, offset: Tensor, mask: Optional
                 f"{layer.deformable_groups} and x of {tuple(x.shape)} needs {name} of shape "
                 f"{expected}, got {tuple(tensor.shape)}."
             )
+
+
+def set_deform_kernel(name: str) -> None:
+    """Choose the kernel that every `DeformConv2d` runs on CUDA; elsewhere it is torchvision's.
+
+    Which of the two is faster has not been measured. torchvision's, the default, is the one that
+    can be exported.
+
+    Args:
+        name: "torchvision", or "detectron2" where Detectron2 was compiled with CUDA.
+
+    Raises:
+        ValueError: for another name.
+        ImportError: for "detectron2" where it was not compiled.
+    """
+    global _kernel
+    check_choice("set_deform_kernel", "name", name, ("torchvision", "detectron2"))
+    if name == "detectron2":
+        try:
+            from detectron2 import _C  # noqa: F401
+        except ImportError as error:
+            raise ImportError(
+                "set_deform_kernel('detectron2') needs Detectron2's compiled part, detectron2._C, "
+                "which this installation lacks. Build Detectron2 from source or keep 'torchvision'."
+            ) from error
+    _kernel = name
+
+
+def _detectron2_deform_conv(
+    layer: DeformConv2d,
+    x: Tensor,
+    offset: Tensor,
+    mask: Optional[Tensor],
+    weight: Tensor,
+    bias: Optional[Tensor],
+) -> Tensor:
+    """Detectron2's CUDA kernels, for tensors of one type; shapes as in `DeformConv2d.forward`."""
+    window, groups = (layer.stride, layer.padding, layer.dilation), layer.groups
+    if mask is None:
+        options = (*window, groups, layer.deformable_groups)
+        out = d2_deform.deform_conv(x, offset, weight, *options)
+        return out if bias is None else out + bias.view(1, -1, 1, 1)
+    if any(first != second for first, second in window):
+        raise ValueError(
+            "Detectron2's modulated kernel takes the same stride, padding and dilation for both "
+            f"axes, got {window}. Call set_deform_kernel('torchvision')."
+        )
+    options = (*(first for first, _ in window), groups, layer.deformable_groups)
+    return d2_deform.modulated_deform_conv(x, offset, mask, weight, bias, *options)

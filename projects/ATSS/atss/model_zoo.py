@@ -1,4 +1,4 @@
-"""Which models are there? Configs, and models built from them, by name."""
+"""Configs by name, and the models and published weights that belong to them."""
 
 import os
 from pathlib import Path
@@ -13,11 +13,9 @@ from detectron2.config import LazyConfig, instantiate
 from .checkpoint import convert_checkpoint, fetch, read_checkpoint, write_checkpoint
 from .checkpoint.checkpointer import ATSSCheckpointer, load_or_resume
 
-__all__ = ["config_file", "get", "get_checkpoint_url", "get_config", "list_configs"]
-
 _MMDET = "https://download.openmmlab.com/mmdetection/v2.0/atss/"
 
-# Published weights by config; names end in the start of the file's sha256.
+# Published weights by config; file names end with the first digits of their sha256.
 _URLS = {
     "coco/atss_R_50_FPN_1x": _MMDET
     + "atss_r50_fpn_1x_coco/atss_r50_fpn_1x_coco_20200209-985f7bd0.pth",
@@ -27,7 +25,7 @@ _URLS = {
 
 
 def _config_root() -> Path:
-    """Folder of the configs: in a wheel inside the package, in a checkout at its top."""
+    """Folder of the configs: inside the package in a wheel, at the top of a checkout."""
     package = Path(__file__).resolve().parent
     for root in (package / "configs", package.parents[2] / "configs"):
         if (root / "common").is_dir():
@@ -53,11 +51,10 @@ def config_file(name: str) -> str:
     """Path of the LazyConfig of a name.
 
     Args:
-        name: such as "atss_R_50_FPN_1x" (looked for in coco, then everywhere) or
-            "toy/atss_toy".
+        name: such as "toy/atss_toy", or "atss_R_50_FPN_1x" (looked up in coco, then everywhere).
 
     Raises:
-        ValueError: if there is none, listing what there is; or if several folders have one.
+        ValueError: if there is none, or several folders have one; the message lists the names.
     """
     name = name[:-3] if name.endswith(".py") else name
     known = list_configs()
@@ -86,15 +83,15 @@ def get(name: str, trained: bool = False, device: Optional[str] = None) -> nn.Mo
 
     Args:
         name: see `config_file`.
-        trained: load published weights, which must exist for this name; else weights are random.
+        trained: load published weights, if there are any for this name; else weights are random.
         device: such as "cpu"; by default the first GPU, or the CPU where there is none.
 
     Returns:
         The model in evaluation mode.
 
     Raises:
-        ValueError: for an unknown name, one without published weights, or weights that cannot be
-            had or are not what their hash promises.
+        ValueError: for an unknown name or one without published weights; if the weights cannot be
+            downloaded or do not match their hash.
     """
     cfg = get_config(name)
     url = get_checkpoint_url(name) if trained else None
@@ -118,7 +115,7 @@ def _converted(url: str) -> str:
         try:
             write_checkpoint(content, converted_path)
         except OSError:
-            return path  # a cache that cannot be written to: convert while loading
+            return path  # the cache cannot be written to: convert while loading
     return converted_path
 
 
@@ -126,7 +123,7 @@ def get_checkpoint_url(name: str) -> str:
     """Address of the published weights of a name.
 
     Raises:
-        ValueError: for an unknown name, or one whose weights nobody publishes at a direct address.
+        ValueError: for an unknown name, or one whose weights have no direct address.
     """
     path = Path(config_file(name)).relative_to(_config_root())
     url = _URLS.get(str(path.with_suffix("")).replace(os.sep, "/"))
@@ -134,5 +131,5 @@ def get_checkpoint_url(name: str) -> str:
         return url
     raise ValueError(
         f"There are no weights of {name!r} at a direct address. The authors publish theirs at "
-        "https://github.com/sfzhang15/ATSS#models; train your own, or load a file of yours."
+        "https://github.com/sfzhang15/ATSS#models; train the model, or load your file."
     )

@@ -1,7 +1,7 @@
-"""What did the detector see, and what was it told to learn?
+"""Pictures of detections, assignments and training curves.
 
-Pictures are (H, W, 3) uint8 arrays in BGR, OpenCV's order, so `cv2.imwrite` can write them as
-they are.
+Pictures are (H, W, 3) uint8 arrays in BGR, OpenCV's order, so that `cv2.imwrite` can write them
+without conversion.
 """
 
 from typing import Dict, List, Optional, Sequence, Tuple, Union
@@ -16,17 +16,8 @@ from .anchors import AnchorGrid
 from .assigners import Assignment
 from .geometry import box_centers
 
-__all__ = [
-    "draw_assignment",
-    "draw_boxes",
-    "draw_detections",
-    "plot_training",
-    "tile",
-    "with_title",
-]
-
 _FONT = cv2.FONT_HERSHEY_SIMPLEX
-# Distinct on dark and light ground, BGR.
+# BGR; distinct on dark and light backgrounds.
 _COLORS = (
     (60, 76, 231), (113, 204, 46), (219, 152, 52), (18, 156, 243), (182, 89, 155),
     (15, 196, 241), (156, 188, 26), (180, 105, 255), (255, 255, 0), (200, 200, 200),
@@ -44,14 +35,14 @@ def draw_boxes(
     texts: Sequence[str],
     thickness: int = 1,
 ) -> np.ndarray:
-    """Boxes with a label each, coloured by class.
+    """Labelled boxes on an image, coloured by class.
 
     Args:
-        image: (H, W, 3) uint8, left as it is.
-        boxes: (M, 4) xyxy in pixels.
+        image: (H, W, 3) uint8; not changed.
+        boxes: (M, 4) x1, y1, x2, y2 in pixels.
         classes: M class ids, for the colour.
-        texts: M labels; an empty one draws none.
-        thickness: of the lines in pixels.
+        texts: M labels; an empty string draws none.
+        thickness: of the lines, in pixels.
 
     Returns:
         (H, W, 3) uint8.
@@ -84,13 +75,13 @@ def draw_detections(
 
     Args:
         image: (H, W, 3) uint8 BGR.
-        gt_boxes, gt_classes: (M, 4) xyxy in pixels of the image, and M ids.
+        gt_boxes, gt_classes: (M, 4) x1, y1, x2, y2 in pixels of the image, and M class ids.
         pred_boxes, pred_classes, scores: of D detections, in the same frame.
-        class_names: names by id.
-        score_thresh: detections below are left out.
+        class_names: names by class id.
+        score_thresh: detections with a lower score are left out.
 
     Returns:
-        (H, 2 * W + 4, 3) uint8.
+        (H, 2 * W + 4, 3) uint8 BGR.
     """
     truth = draw_boxes(image, gt_boxes, gt_classes, [class_names[int(c)] for c in gt_classes])
     keep = [i for i, score in enumerate(scores) if score >= score_thresh]
@@ -100,8 +91,7 @@ def draw_detections(
         [pred_classes[i] for i in keep],
         [f"{class_names[int(pred_classes[i])]} {100 * float(scores[i]):.0f}" for i in keep],
     )
-    gap = np.full((image.shape[0], 4, 3), 255, np.uint8)
-    return np.concatenate((truth, gap, found), axis=1)
+    return tile((truth, found), columns=2)
 
 
 def draw_assignment(
@@ -112,77 +102,76 @@ def draw_assignment(
     index: int = 0,
     level_names: Optional[Sequence[str]] = None,
 ) -> np.ndarray:
-    """Which anchors are positive for which object, one panel per pyramid level (Sec. 3.2).
+    """Positive anchors of each object, one panel per pyramid level (Sec. 3.2).
 
-    An object keeps one colour in all panels. A dot is the centre of a positive anchor, the thin box
-    around it the anchor; dark crosses are ignored anchors. Objects without any positive are dashed
-    in white.
+    An object has the same colour in all panels. A dot is the centre of a positive anchor, the thin
+    box around it the anchor; dark crosses are ignored anchors. Objects without positives are
+    dashed, in white.
 
     Args:
         image: (H, W, 3) uint8 BGR.
-        anchors: of the image, padded or not.
-        assignment: of a batch that has this image.
-        gt_boxes: the image's objects in pixels.
-        index: which image of the batch.
-        level_names: titles of the panels; by default "level 1" and so on.
+        anchors: of the image, padded or not; the first L levels are enough.
+        assignment: of a batch with this image.
+        gt_boxes: the objects of the image, in pixels.
+        index: number of the image in the batch.
+        level_names: L titles of the panels; by default "level 1" and so on.
 
     Returns:
-        (H + 22, about L * W, 3) uint8.
+        (H + 22, L * (W + 4) - 4, 3) uint8 BGR.
     """
     levels = anchors.boxes if isinstance(anchors, AnchorGrid) else anchors
     labels = assignment.match_labels[index].cpu()
     matched = assignment.matched_idxs[index].cpu()
     learned = set(matched[labels == 1].tolist())
+    dimmed = cv2.addWeighted(image, 0.45, np.full_like(image, 20), 0.55, 0)
     panels: List[np.ndarray] = []
     first = 0
     for i, level in enumerate(levels):
         span = slice(first, first + len(level))
         first += len(level)
-        positive = (labels[span] == 1).nonzero().squeeze(1)
-        ignored = (labels[span] < 0).nonzero().squeeze(1)
-        objects = matched[span][positive].tolist()
+        is_positive = labels[span] == 1
+        objects = matched[span][is_positive].tolist()
         boxes = level.tensor.cpu()
-        panel = cv2.addWeighted(image, 0.45, np.full_like(image, 20), 0.55, 0)
-        for center in box_centers(boxes[ignored]).tolist():
-            point = (int(center[0]), int(center[1]))
-            cv2.drawMarker(panel, point, (90, 90, 90), cv2.MARKER_TILTED_CROSS, 4, 1)
-        faint = panel.copy()
-        for box, owner in zip(boxes[positive].round().int().tolist(), objects):
-            cv2.rectangle(faint, tuple(box[:2]), tuple(box[2:]), _color(owner), 1)
-        panel = cv2.addWeighted(faint, 0.35, panel, 0.65, 0)
-        for owner, box in enumerate(gt_boxes.tensor.cpu().round().int().tolist()):
-            _draw_object(panel, box, owner, owner in learned)
-        for center, owner in zip(box_centers(boxes[positive]).tolist(), objects):
-            point = (int(round(center[0])), int(round(center[1])))
-            cv2.circle(panel, point, 3, _color(owner), -1, cv2.LINE_AA)
-            cv2.circle(panel, point, 3, (0, 0, 0), 1, cv2.LINE_AA)
+        panel = dimmed.copy()
+        for center in box_centers(boxes[labels[span] < 0]).int().tolist():
+            cv2.drawMarker(panel, tuple(center), (90, 90, 90), cv2.MARKER_TILTED_CROSS, 4, 1)
+        outlined = panel.copy()
+        for box, object_idx in zip(boxes[is_positive].round().int().tolist(), objects):
+            cv2.rectangle(outlined, tuple(box[:2]), tuple(box[2:]), _color(object_idx), 1)
+        panel = cv2.addWeighted(outlined, 0.35, panel, 0.65, 0)
+        for object_idx, box in enumerate(gt_boxes.tensor.cpu().round().int().tolist()):
+            if object_idx in learned:
+                cv2.rectangle(panel, tuple(box[:2]), tuple(box[2:]), _color(object_idx), 2)
+            else:
+                _draw_dashed(panel, box)
+        centers = box_centers(boxes[is_positive]).round().int().tolist()
+        for center, object_idx in zip(centers, objects):
+            cv2.circle(panel, tuple(center), 3, _color(object_idx), -1, cv2.LINE_AA)
+            cv2.circle(panel, tuple(center), 3, (0, 0, 0), 1, cv2.LINE_AA)
         name = level_names[i] if level_names else f"level {i + 1}"
-        panels.append(with_title(panel, f"{name}: {len(positive)} positive"))
+        panels.append(with_title(panel, f"{name}: {len(objects)} positive"))
     return tile(panels, columns=len(panels))
 
 
-def _draw_object(panel: np.ndarray, box: Sequence[int], owner: int, is_learned: bool) -> None:
+def _draw_dashed(picture: np.ndarray, box: Sequence[int]) -> None:
     x1, y1, x2, y2 = box
-    if is_learned:
-        cv2.rectangle(panel, (x1, y1), (x2, y2), _color(owner), 2)
-        return
     for start in range(0, max(x2 - x1, y2 - y1), 6):
         stop = start + 3
         for y in (y1, y2):
-            cv2.line(panel, (min(x1 + start, x2), y), (min(x1 + stop, x2), y), (255, 255, 255), 1)
+            cv2.line(picture, (min(x1 + start, x2), y), (min(x1 + stop, x2), y), (255, 255, 255), 1)
         for x in (x1, x2):
-            cv2.line(panel, (x, min(y1 + start, y2)), (x, min(y1 + stop, y2)), (255, 255, 255), 1)
+            cv2.line(picture, (x, min(y1 + start, y2)), (x, min(y1 + stop, y2)), (255, 255, 255), 1)
 
 
 def with_title(image: np.ndarray, title: str) -> np.ndarray:
-    """The picture under a white bar of 22 pixels with its title."""
+    """The picture below a white bar of 22 pixels with its title."""
     bar = np.full((22, image.shape[1], 3), 255, np.uint8)
     cv2.putText(bar, title, (4, 15), _FONT, 0.42, (0, 0, 0), 1, cv2.LINE_AA)
     return np.concatenate((bar, image), axis=0)
 
 
 def tile(images: Sequence[np.ndarray], columns: int, gap: int = 4) -> np.ndarray:
-    """Pictures in a grid, row by row, smaller ones padded with white.
+    """One picture of several, arranged row by row; smaller ones are padded with white.
 
     Args:
         images: at least one (Hi, Wi, 3) uint8.
@@ -204,11 +193,11 @@ def tile(images: Sequence[np.ndarray], columns: int, gap: int = 4) -> np.ndarray
 
 
 def plot_training(metrics: Sequence[Dict[str, float]], path: str, title: str = "") -> None:
-    """Losses and AP over iterations as a PNG.
+    """A PNG of losses and AP over iterations.
 
     Args:
         metrics: records of Detectron2's metrics.json: "iteration", losses by name, and "bbox/AP",
-            "bbox/AP50" where the model was evaluated.
+            "bbox/AP50", "bbox/AP75" where the model was evaluated.
         path: file to write.
         title: of the picture.
     """

@@ -1,6 +1,6 @@
-"""Which images does a run see, and can they be trusted? The toy set, COCO-format files, any set.
+"""Data sets: the toy set, COCO files, and checks of what is trained on.
 
-A training tool needs a few lines, whatever it trains on::
+A training tool needs a few lines, for any data::
 
     add_dataset_arguments(parser)
     ...
@@ -9,20 +9,11 @@ A training tool needs a few lines, whatever it trains on::
     dataset_dicts = load_dataset_dicts(data.train, data.num_classes)  # checked
 """
 
-from .coco_json import (
-    CocoSummary,
-    check_coco_json,
-    check_num_classes,
-    check_same_classes,
-    count_classes,
-    read_class_names,
-    resolve_num_classes,
-)
+from .coco_json import CocoSummary, check_coco_json
 from .dataset_dicts import check_dataset_dicts, load_dataset_dicts
 from .registration import (
     Datasets,
     add_dataset_arguments,
-    default_root,
     register_coco_json,
     register_from_arguments,
     register_toy_shapes,
@@ -36,14 +27,8 @@ __all__ = [
     "add_dataset_arguments",
     "check_coco_json",
     "check_dataset_dicts",
-    "check_num_classes",
-    "check_same_classes",
-    "count_classes",
-    "default_root",
     "load_dataset_dicts",
-    "read_class_names",
     "register_coco_json",
     "register_from_arguments",
     "register_toy_shapes",
-    "resolve_num_classes",
 ]

@@ -1,7 +1,7 @@
-"""Can these images be trained on? The check for every registered set, whatever it came from."""
+"""Loading of registered data sets, with checks that do not depend on their format."""
 
 import numbers
-from typing import Any, Dict, List, Optional, Sequence, Union
+from typing import Any, Dict, List, Sequence, Union
 
 import numpy as np
 
@@ -13,23 +13,16 @@ from detectron2.data.build import (
 from detectron2.data.detection_utils import check_metadata_consistency
 from detectron2.structures import BoxMode
 
-from .faults import (
-    box_fault,
-    check_files_exist,
-    is_empty,
-    log_empty_boxes,
-    raise_if_any,
-    to_corners,
-)
+from .annotations import check_files_exist, is_empty_box, log_empty_boxes, raise_if_any
 
 
 def check_dataset_dicts(
     dataset_dicts: Sequence[Dict[str, Any]], num_classes: int, dataset_name: str
 ) -> List[Dict[str, Any]]:
-    """Check what a registered set gave, whatever it was loaded from, and drop boxes without area.
+    """Images in Detectron2's format without their empty boxes, after checks of all others.
 
     Args:
-        dataset_dicts: images in Detectron2's format; they are not changed.
+        dataset_dicts: images of a registered set; they are not changed.
         num_classes: K; each category_id must be in 0..K-1.
         dataset_name: for messages.
 
@@ -41,24 +34,24 @@ def check_dataset_dicts(
         ValueError: a box is not four numbers, not finite, or has x2 < x1 or y2 < y1; a class id is
             out of range.
     """
-    check_files_exist(
-        [image["file_name"] for image in dataset_dicts if "file_name" in image], dataset_name
-    )
-    faults, num_empty, cleaned = [], 0, []
+    files = [image["file_name"] for image in dataset_dicts if "file_name" in image]
+    check_files_exist(files, dataset_name)
+    problems, num_empty, cleaned = [], 0, []
     for number, image in enumerate(dataset_dicts):
         annotations = image.get("annotations", ())
         kept = []
         for index, annotation in enumerate(annotations):
-            fault = _annotation_fault(annotation, num_classes)
-            if fault:
+            try:
+                is_empty = _is_empty_instance(annotation, image, num_classes)
+            except ValueError as error:
                 name = image.get("image_id", number)
-                faults.append(f"annotation {index} (from 0) of image {name} has {fault}")
-            elif is_empty(_corners(annotation), image):
-                num_empty += 1
-            else:
+                problems.append(f"annotation {index} (from 0) of image {name} has {error}")
+                continue
+            num_empty += is_empty
+            if not is_empty:
                 kept.append(annotation)
         cleaned.append({**image, "annotations": kept} if len(kept) < len(annotations) else image)
-    raise_if_any(faults, f"in data set {dataset_name}")
+    raise_if_any(problems, f"in data set {dataset_name}")
     log_empty_boxes(num_empty, dataset_name)
     return cleaned
 
@@ -69,12 +62,13 @@ def load_dataset_dicts(
     """Detectron2's `get_detection_dataset_dicts` with `check_dataset_dicts` before anything else.
 
     Args:
-        names: registered sets; their images are joined.
+        names: registered sets; their images are concatenated.
         num_classes: K of the model.
-        filter_empty: whether to leave out images that have no annotation, or only crowds.
+        filter_empty: leave out images without annotations or with crowds only.
 
     Raises:
-        FileNotFoundError, ValueError: as `check_dataset_dicts`; no images are left.
+        FileNotFoundError: see `check_dataset_dicts`.
+        ValueError: see `check_dataset_dicts`; also if no image is left.
     """
     names = [names] if isinstance(names, str) else list(names)
     dataset_dicts = []
@@ -92,20 +86,16 @@ def load_dataset_dicts(
     return dataset_dicts
 
 
-def _annotation_fault(annotation: Dict[str, Any], num_classes: int) -> Optional[str]:
-    """What is wrong with an annotation, as the object of "has"; None if nothing."""
+def _is_empty_instance(annotation: Dict[str, Any], image: Dict[str, Any], num_classes: int) -> bool:
+    """Whether the box has no area; a ValueError says what the annotation has that is wrong."""
     mode, box = annotation.get("bbox_mode"), annotation.get("bbox")
     if mode not in (BoxMode.XYXY_ABS, BoxMode.XYWH_ABS):
-        return f"bbox_mode {mode!r}, and only XYXY_ABS and XYWH_ABS are known"
-    fault = box_fault(box, has_corners=mode == BoxMode.XYXY_ABS)
-    if fault:
-        return f"bbox {box.tolist() if isinstance(box, np.ndarray) else box}, {fault}"
+        raise ValueError(f"bbox_mode {mode!r}, and only XYXY_ABS and XYWH_ABS are known")
     class_id = annotation.get("category_id")
     if not isinstance(class_id, numbers.Integral) or not 0 <= class_id < num_classes:
-        return f"category_id {class_id}, and the model knows 0 to {num_classes - 1}"
-    return None
-
-
-def _corners(annotation: Dict[str, Any]) -> Sequence[float]:
-    box = annotation["bbox"]
-    return box if annotation["bbox_mode"] == BoxMode.XYXY_ABS else to_corners(box)
+        raise ValueError(f"category_id {class_id}, and the model knows 0 to {num_classes - 1}")
+    try:
+        return is_empty_box(box, mode == BoxMode.XYXY_ABS, image)
+    except ValueError as error:
+        shown = box.tolist() if isinstance(box, np.ndarray) else box
+        raise ValueError(f"bbox {shown}, {error}") from None

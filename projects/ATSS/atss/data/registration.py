@@ -1,4 +1,4 @@
-"""How do data sets get their names in Detectron2? The toy set, files of one's own, the config's."""
+"""Registration of data sets with Detectron2: the toy set, COCO files, what a tool was asked for."""
 
 import argparse
 import logging
@@ -8,21 +8,24 @@ from typing import List, NamedTuple, Optional, Sequence, Tuple, Union
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
 
-from .coco_json import CocoSummary, check_coco_json, check_num_classes, check_same_classes
-from .faults import PathLike
+from .annotations import PathLike
+from .classes import common_classes
+from .coco_json import CocoSummary, check_coco_json
 from .toy_shapes import ToyShapesOptions, render_dataset, split_paths
 
 logger = logging.getLogger(__name__)
 
 TOY_SHAPES = "toy_shapes"
-OWN_TRAIN, OWN_VAL = "own_train", "own_val"
+OWN_TRAIN, OWN_VAL = "own_train", "own_val"  # names of the sets from --train-json and --val-json
+
+Files = Tuple[str, str]  # annotation file, image folder
 
 
 class Datasets(NamedTuple):
     """What a run trains and evaluates on.
 
     `train` and `val` are registered names, perhaps none. `class_names` are in the order of the
-    class ids; they and `num_classes` are None where a registered set does not tell its classes.
+    class ids; they and `num_classes` are None where a registered set does not say its classes.
     """
 
     train: Tuple[str, ...]
@@ -31,20 +34,16 @@ class Datasets(NamedTuple):
     num_classes: Optional[int]
 
 
-def default_root() -> str:
-    """Folder of all data sets: $DETECTRON2_DATASETS or ./datasets, as for Detectron2's own."""
-    return os.path.expanduser(os.getenv("DETECTRON2_DATASETS", "datasets"))
-
-
 def register_toy_shapes(
     root: Optional[PathLike] = None,
     options: Optional[ToyShapesOptions] = None,
     name: str = TOY_SHAPES,
 ) -> Tuple[str, str]:
-    """Register the toy set, rendered first if it is not there yet.
+    """Register the toy set, which is rendered first if there is none with these options yet.
 
     Args:
-        root: the set's own folder; by default the folder `name` in `default_root()`.
+        root: folder of toy sets, see `render_dataset`; by default "toy_shapes" where Detectron2
+            has its own sets, in $DETECTRON2_DATASETS or ./datasets.
         options: what the set contains; by default the fixed set that figures are compared on.
         name: the sets are registered as `name`_train and `name`_val.
 
@@ -52,16 +51,17 @@ def register_toy_shapes(
         The names of the training and the validation set.
 
     Raises:
-        ValueError: the folder holds something else, or the names mean other files already.
+        ValueError: the names already mean other files.
     """
     options = options or ToyShapesOptions()
-    root = os.path.join(default_root(), name) if root is None else root
-    render_dataset(root, options)
-    train, val = (f"{name}_{split}" for split in ("train", "val"))
+    if root is None:
+        root = os.path.join(os.getenv("DETECTRON2_DATASETS", "datasets"), TOY_SHAPES)
+    folder = render_dataset(root, options)
     class_ids = list(range(1, options.num_classes + 1))
-    for registered, split in ((train, "train"), (val, "val")):
-        _register(registered, *split_paths(root, split), class_ids, options.class_names)
-    return train, val
+    for split in ("train", "val"):
+        files = split_paths(folder, split)
+        _register(f"{name}_{split}", *files, class_ids, options.class_names)
+    return f"{name}_train", f"{name}_val"
 
 
 def register_coco_json(
@@ -70,24 +70,19 @@ def register_coco_json(
     """Register a COCO-format set under a name, after `check_coco_json`, whose errors it shares.
 
     Raises:
-        ValueError: also if the name means other files already.
+        ValueError: also if the name already means other files.
     """
     summary = check_coco_json(json_file, image_root, for_evaluation)
     _register(name, json_file, image_root, summary.class_ids, summary.class_names)
-    logger.info(
-        "%s: %d images and %d annotations in %s.",
-        name,
-        summary.num_images,
-        summary.num_annotations,
-        json_file,
-    )
+    counts = (summary.num_images, summary.num_annotations)
+    logger.info("%s: %d images and %d annotations in %s.", name, *counts, json_file)
     return summary
 
 
 def add_dataset_arguments(parser: argparse.ArgumentParser) -> None:
-    """Give a tool the four options for data of one's own."""
+    """Give a tool the four options for your data."""
     group = parser.add_argument_group(
-        "own data", "Any COCO-format set; takes the place of the sets in the config."
+        "your data", "Any COCO-format set; used in place of the sets in the config."
     )
     for split, purpose in (("train", "train on"), ("val", "evaluate on")):
         group.add_argument(f"--{split}-json", metavar="FILE", help=f"COCO annotations to {purpose}")
@@ -102,10 +97,10 @@ def register_from_arguments(
     val: Union[str, Sequence[str]] = (),
     num_classes: Optional[int] = None,
 ) -> Datasets:
-    """Register what the command line, or else the config, asks for; read the number of classes.
+    """Register what the command line, or else the config, asks for; find the number of classes.
 
-    With `--train-json` or `--val-json` those sets take the place of the config's. Else the toy set
-    is rendered if the config names it. With `args.eval_only` nothing is asked of a training set.
+    The sets of `--train-json` and `--val-json` replace all sets of the config. Without them, the
+    toy set is rendered if the config names it. With `args.eval_only` no training set is needed.
 
     Args:
         args: of a parser with `add_dataset_arguments`.
@@ -114,36 +109,16 @@ def register_from_arguments(
 
     Raises:
         FileNotFoundError: an annotation file, image folder or image is missing.
-        ValueError: options that belong together are not both given; faulty annotations; training
-            and validation differ in their classes; `num_classes` contradicts the data; a name in
-            the config is not registered.
+        ValueError: of two options that belong together one is missing; annotations are faulty;
+            training and validation differ in their classes; `num_classes` contradicts the data; a
+            name in the config is not registered.
     """
     eval_only = getattr(args, "eval_only", False)
-    train_files = _file_pair(args, "train")
-    val_files = _file_pair(args, "val")
-    if not train_files and not val_files:
-        train, val = _as_tuple(train), _as_tuple(val)
-        return _from_config(() if eval_only else train, val, num_classes)
-    if not train_files and not eval_only:
-        raise ValueError(
-            "--val-json without --train-json: give --train-json and --train-images to train on "
-            "your own data, or --eval-only to evaluate."
-        )
-    if eval_only and not val_files:
-        raise ValueError("--eval-only on your own data needs --val-json and --val-images.")
-    sources = []
-    if train_files:
-        sources.append((train_files[0], register_coco_json(OWN_TRAIN, *train_files).class_names))
-    if val_files:
-        summary = register_coco_json(OWN_VAL, *val_files, for_evaluation=True)
-        sources.append((val_files[0], summary.class_names))
-    else:
-        logger.warning("No --val-json: nothing will be evaluated.")
-    return Datasets(
-        (OWN_TRAIN,) if train_files else (),
-        (OWN_VAL,) if val_files else (),
-        *_agree_on_classes(sources, num_classes),
-    )
+    train_files, val_files = _files_of(args, "train"), _files_of(args, "val")
+    if train_files or val_files:
+        return _register_files(train_files, val_files, num_classes, eval_only)
+    train, val = ((names,) if isinstance(names, str) else tuple(names) for names in (train, val))
+    return _register_names(() if eval_only else train, val, num_classes)
 
 
 def _register(
@@ -153,7 +128,7 @@ def _register(
     class_ids: List[int],
     class_names: List[str],
 ) -> None:
-    """Register a set; doing so again with the same files and classes changes nothing."""
+    """Register a set; repeating this with the same files and classes changes nothing."""
     files = {"json_file": os.path.abspath(json_file), "image_root": os.path.abspath(image_root)}
     # Detectron2 sets these when it loads the file; an evaluator may need them before.
     ids = {class_id: index for index, class_id in enumerate(class_ids)}
@@ -166,14 +141,14 @@ def _register(
     known_names = metadata.get("thing_classes", class_names)
     if known != files or known_names != class_names:
         raise ValueError(
-            f"Data set {name} is registered already, as {known} with the classes {known_names}; it "
+            f"Data set {name} is already registered as {known} with the classes {known_names}; it "
             f"cannot become {files} with {class_names}. Choose another name, or remove it from "
             "DatasetCatalog and MetadataCatalog first."
         )
     metadata.set(**classes)
 
 
-def _file_pair(args: argparse.Namespace, split: str) -> Optional[Tuple[str, str]]:
+def _files_of(args: argparse.Namespace, split: str) -> Optional[Files]:
     json_file = getattr(args, f"{split}_json", None)
     image_root = getattr(args, f"{split}_images", None)
     if bool(json_file) != bool(image_root):
@@ -182,7 +157,33 @@ def _file_pair(args: argparse.Namespace, split: str) -> Optional[Tuple[str, str]
     return (json_file, image_root) if json_file else None
 
 
-def _from_config(
+def _register_files(
+    train_files: Optional[Files],
+    val_files: Optional[Files],
+    num_classes: Optional[int],
+    eval_only: bool,
+) -> Datasets:
+    if not train_files and not eval_only:
+        raise ValueError(
+            "--val-json without --train-json: give --train-json and --train-images to train on "
+            "your data, or --eval-only to evaluate."
+        )
+    if not val_files and eval_only:
+        raise ValueError("--eval-only on your data needs --val-json and --val-images.")
+    sources = []
+    if train_files:
+        sources.append((train_files[0], register_coco_json(OWN_TRAIN, *train_files).class_names))
+    if val_files:
+        summary = register_coco_json(OWN_VAL, *val_files, for_evaluation=True)
+        sources.append((val_files[0], summary.class_names))
+    else:
+        logger.warning("No --val-json: nothing will be evaluated.")
+    train = (OWN_TRAIN,) if train_files else ()
+    val = (OWN_VAL,) if val_files else ()
+    return Datasets(train, val, *common_classes(sources, num_classes))
+
+
+def _register_names(
     train: Tuple[str, ...], val: Tuple[str, ...], num_classes: Optional[int]
 ) -> Datasets:
     names = (*train, *val)
@@ -191,33 +192,18 @@ def _from_config(
         unknown = [name for name in unknown if name not in register_toy_shapes()]
     if unknown:
         raise ValueError(
-            f"Data set {', '.join(unknown)} is not registered. Give files of your own by "
-            f"--train-json and --train-images, or one of: {', '.join(sorted(DatasetCatalog))}."
+            f"Data set {', '.join(unknown)} is not registered. Give your files with --train-json "
+            f"and --train-images, or one of: {', '.join(sorted(DatasetCatalog))}."
         )
+    sources = []
     for name in names:
-        json_file = MetadataCatalog.get(name).get("json_file")
+        metadata = MetadataCatalog.get(name)
+        json_file, class_names = metadata.get("json_file"), metadata.get("thing_classes")
         if json_file and "://" not in json_file and not os.path.isfile(json_file):
             raise FileNotFoundError(
                 f"Data set {name} needs {json_file}, which is missing. Put the data there, or set "
                 "DETECTRON2_DATASETS to the folder of your data sets."
             )
-    sources = [(name, MetadataCatalog.get(name).get("thing_classes")) for name in names]
-    sources = [(name, list(classes)) for name, classes in sources if classes]
-    return Datasets(train, val, *_agree_on_classes(sources, num_classes))
-
-
-def _agree_on_classes(
-    sources: List[Tuple[PathLike, List[str]]], num_classes: Optional[int]
-) -> Tuple[Optional[List[str]], Optional[int]]:
-    """The classes that all sources have in common, and their number."""
-    if not sources:
-        return None, num_classes
-    first_source, class_names = sources[0]
-    for source, others in sources[1:]:
-        check_same_classes(class_names, first_source, others, source)
-    check_num_classes(num_classes, class_names, first_source)
-    return class_names, len(class_names)
-
-
-def _as_tuple(names: Union[str, Sequence[str]]) -> Tuple[str, ...]:
-    return (names,) if isinstance(names, str) else tuple(names)
+        if class_names:
+            sources.append((name, list(class_names)))
+    return Datasets(train, val, *common_classes(sources, num_classes))

@@ -1,13 +1,13 @@
-"""Where do images for a first training come from? A seeded renderer of a detection set.
+"""A rendered detection set of simple shapes, for a first training and for tests.
 
-It writes real files, PNG images and COCO JSON, so that a training on them takes the same path as
-one on COCO. The default set is fixed, so that figures measured on it can be compared. Needs NumPy
-and OpenCV only; `atss.data` registers the set with Detectron2.
+It is real files, PNG images and COCO JSON, so that a training on them takes the same path as one on
+COCO. The default set is fixed, so that figures measured on it can be compared. Rendering needs
+NumPy and OpenCV only; `atss.data` registers the set with Detectron2.
 """
 
-from .files import SplitPaths, find_fault, render_dataset, split_paths
+from .files import SplitPaths, render_dataset, split_paths
+from .images import MAX_CLASSES, ToyObject, ToyShapesOptions, coverage, render_image
 from .outlines import OUTLINES, polygon_area
-from .scenes import MAX_CLASSES, ToyObject, ToyShapesOptions, coverage, render_scene
 
 __all__ = [
     "MAX_CLASSES",
@@ -16,9 +16,8 @@ __all__ = [
     "ToyObject",
     "ToyShapesOptions",
     "coverage",
-    "find_fault",
     "polygon_area",
     "render_dataset",
-    "render_scene",
+    "render_image",
     "split_paths",
 ]

@@ -1,6 +1,6 @@
-"""What is in a toy image? Shapes in random colours on a smooth random background, and noise.
+"""Toy images: options, random objects, and their drawing on a smooth background with noise.
 
-Everything follows from a seed and the image's number. Needs NumPy and OpenCV only.
+Everything follows from a seed and the image's number.
 """
 
 import dataclasses
@@ -10,31 +10,32 @@ from typing import List, NamedTuple, Tuple
 import cv2
 import numpy as np
 
+from ...checks import check_integer, check_range
 from .outlines import OUTLINES
 
 MAX_CLASSES = len(OUTLINES)
-SUPERSAMPLING = 4  # shapes are drawn this many times larger; the reduction makes their edges smooth
-BACKGROUND_CELLS = 3  # random colours along each side, blended into a smooth background
+SUPERSAMPLING = 4  # shapes are drawn this many times larger and reduced, for smooth edges
+BACKGROUND_CELLS = 3  # random colours along each side of the background, blended smoothly
 
 
 @dataclasses.dataclass(frozen=True)
 class ToyShapesOptions:
     """What a toy set contains; two sets with equal options have equal files.
 
-    An object's size is the square root of its box area and its aspect ratio is width / height;
-    both are drawn log-uniformly, then the sides are rounded to whole pixels. Every shape lies
-    wholly inside its image, anywhere, and later shapes cover earlier ones: of the default set's
-    objects 4% (train) and 2% (val) end up with nothing to see. They stay in the annotations, so
-    AP 100 is out of reach. An image depends only on the seed of its split and its number: a longer
-    set begins like a shorter one.
+    An object's size is the square root of its box area, its aspect ratio is width / height. Both
+    are drawn log-uniformly, then the sides are rounded to whole pixels. Every shape lies inside its
+    image as a whole, and later shapes cover earlier ones: 4% (train) and 2% (val) of the objects in
+    the default set are hidden completely. They stay in the annotations, so AP cannot reach 100. An
+    image depends only on its number and the seed of its split: the first images of a long set are
+    those of a short one.
 
     Attributes:
-        image_size: side of the square images, in pixels.
+        image_size: side S of the square images, in pixels.
         num_train, num_val: images per split.
-        min_objects, max_objects: objects per image, drawn uniformly, both ends included.
-        num_classes: the first so many of `OUTLINES`, at most `MAX_CLASSES` (20).
+        min_objects, max_objects: objects per image, drawn uniformly, both inclusive.
+        num_classes: how many of `OUTLINES`, from the first; at most `MAX_CLASSES` (20).
         min_size, max_size: range of object sizes, in pixels.
-        max_aspect_ratio: aspect ratios reach from one over this to this.
+        max_aspect_ratio: aspect ratios lie between 1 / max_aspect_ratio and max_aspect_ratio.
         noise: standard deviation of the Gaussian noise on every value, in grey levels.
         train_seed, val_seed: seeds of the two splits.
 
@@ -56,21 +57,26 @@ class ToyShapesOptions:
     val_seed: int = 1
 
     def __post_init__(self) -> None:
-        longest = math.ceil(self.max_size * math.sqrt(max(self.max_aspect_ratio, 0)))
-        for is_right, needed in [
-            (self.num_train >= 1 and self.num_val >= 1, "num_train and num_val of at least 1"),
-            (0 <= self.min_objects <= self.max_objects, "0 <= min_objects <= max_objects"),
-            (self.max_objects >= 1, "max_objects of at least 1"),
-            (1 <= self.num_classes <= MAX_CLASSES, f"num_classes from 1 to {MAX_CLASSES}"),
-            (2 <= self.min_size <= self.max_size, "2 <= min_size <= max_size"),
-            (1 <= self.max_aspect_ratio <= self.min_size**2, "1 <= max_aspect_ratio <= min_size^2"),
-            (longest <= self.image_size, f"image_size of at least {longest}, the longest object"),
-            (self.noise >= 0, "noise of at least 0"),
-            (min(self.train_seed, self.val_seed) >= 0, "seeds of at least 0"),
-            (self.train_seed != self.val_seed, "train_seed and val_seed that differ"),
-        ]:
-            if not is_right:
-                raise ValueError(f"Toy shapes need {needed}, got {self}.")
+        owner = "ToyShapesOptions"
+        positive = ("image_size", "num_train", "num_val", "max_objects")
+        for name in (*positive, "train_seed", "val_seed"):
+            check_integer(owner, name, getattr(self, name), int(name in positive), name)
+        counts = "min_objects or max_objects"
+        check_integer(owner, "min_objects", self.min_objects, 0, counts, high=self.max_objects)
+        check_integer(owner, "num_classes", self.num_classes, 1, "num_classes", high=MAX_CLASSES)
+        check_range(owner, "max_aspect_ratio", self.max_aspect_ratio, 1, key="max_aspect_ratio")
+        # The longest side fits into the image, the shortest has at least one pixel.
+        sizes = "image_size, min_size, max_size or max_aspect_ratio"
+        stretch = math.sqrt(self.max_aspect_ratio)
+        largest = round(self.image_size / stretch, 2)
+        check_range(owner, "max_size", self.max_size, 2, largest, sizes)
+        check_range(owner, "min_size", self.min_size, max(2, stretch), self.max_size, sizes)
+        check_range(owner, "noise", self.noise, 0, key="noise")
+        if self.train_seed == self.val_seed:
+            raise ValueError(
+                f"{owner} needs two different seeds, got train_seed and val_seed {self.val_seed}: "
+                "training and validation would have the same images."
+            )
 
     @property
     def class_names(self) -> List[str]:
@@ -79,10 +85,10 @@ class ToyShapesOptions:
 
 
 class ToyObject(NamedTuple):
-    """A drawn shape: the whole of it, whatever later shapes cover.
+    """A drawn shape, including the parts that later shapes cover.
 
-    `box` is x, y, width, height in whole pixels; `polygon` (V, 2) is its outline in continuous
-    pixel coordinates, in which the first pixel covers [0, 1], and touches all sides of the box.
+    `box` is x, y, width, height in whole pixels. `polygon` (V, 2) is the outline in continuous
+    pixel coordinates, in which the first pixel covers [0, 1]; it touches all sides of the box.
     """
 
     class_id: int
@@ -134,7 +140,7 @@ def draw_image(
     return np.clip(np.rint(image), 0, 255).astype(np.uint8)
 
 
-def render_scene(
+def render_image(
     options: ToyShapesOptions, split: str, index: int
 ) -> Tuple[np.ndarray, List[ToyObject]]:
     """Image number `index` (from 0) of a split, (S, S, 3) uint8 BGR, and its objects."""
