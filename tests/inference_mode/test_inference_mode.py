@@ -59,7 +59,7 @@ def raw_outputs(model, batch):
         features = model.backbone(model.preprocess_image(batch).tensor)
         names = model.proposal_generator.in_features
         predictions = model.proposal_generator.head([features[name] for name in names])
-    return [level for levels in predictions for level in levels]
+    return predictions.all_maps
 
 
 def detections(model, batch):

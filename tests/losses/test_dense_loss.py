@@ -44,11 +44,6 @@ def random_predictions(grid, num_images, num_classes, requires_grad=False):
     )
 
 
-def leaves(predictions):
-    quality = predictions.quality or []
-    return [*predictions.logits, *predictions.deltas, *quality]
-
-
 def without_quality(predictions):
     return dataclasses.replace(predictions, quality=None)
 
@@ -208,7 +203,7 @@ def test_samples_of_few_and_of_all_anchors_give_the_same_losses(box_loss, with_c
     both = []
     for kind in (targets, dense):
         losses = loss(predictions, grid, kind)
-        both.append((losses, torch.autograd.grad(sum(losses.values()), leaves(predictions))))
+        both.append((losses, torch.autograd.grad(sum(losses.values()), predictions.all_maps)))
     for name in both[0][0]:
         torch.testing.assert_close(both[0][0][name], both[1][0][name])
     for first, second in zip(both[0][1], both[1][1]):
@@ -276,7 +271,7 @@ def test_batch_without_objects_has_finite_losses_and_zero_box_gradients(box_loss
     sum(losses.values()).backward()
     assert all(value.isfinite() for value in losses.values())
     assert losses["loss_box_reg"] == 0 and losses["loss_centerness"] == 0
-    assert all(t.grad is not None and t.grad.isfinite().all() for t in leaves(predictions))
+    assert all(t.grad is not None and t.grad.isfinite().all() for t in predictions.all_maps)
 
 
 def test_losses_are_float32_and_finite_from_bfloat16_predictions():

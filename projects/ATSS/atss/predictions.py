@@ -36,6 +36,11 @@ class DensePredictions:
         """K."""
         return self.logits[0].shape[1] // self.num_anchors
 
+    @property
+    def all_maps(self) -> List[Tensor]:
+        """The maps of all levels: logits, deltas, quality."""
+        return [*self.logits, *self.deltas, *(self.quality or ())]
+
     def check(self, num_classes: int) -> None:
         """Refuse maps whose channels are not what anchors and classes ask for.
 
