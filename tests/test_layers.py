@@ -176,13 +176,13 @@ def test_scripted_layer_saves_loads_and_agrees():
 def test_traced_deformable_head_saves_loads_and_agrees_on_another_size():
     head = ATSSHead(32, num_classes=3, num_levels=1, num_convs=2, deformable=True).eval()
     head.requires_grad_(False)
-    traced = torch.jit.trace(lambda x: tuple(p[0] for p in head([x])), torch.randn(1, 32, 6, 5))
+    traced = torch.jit.trace(lambda x: tuple(head([x]).all_maps), torch.randn(1, 32, 6, 5))
     buffer = io.BytesIO()
     torch.jit.save(traced, buffer)
     buffer.seek(0)
     x = torch.randn(2, 32, 4, 9)
-    for ours, theirs in zip(head([x]), torch.jit.load(buffer)(x)):
-        torch.testing.assert_close(theirs, ours[0])
+    for ours, theirs in zip(head([x]).all_maps, torch.jit.load(buffer)(x)):
+        torch.testing.assert_close(theirs, ours)
 
 
 def test_exported_layer_agrees_on_another_size():

@@ -22,6 +22,7 @@ from .assigners import (
     ATSSAssigner,
     IoUAssigner,
     PredictionAssigner,
+    SimOTAAssigner,
     SSCAssigner,
     TopKAssigner,
 )
@@ -68,6 +69,7 @@ __all__ = [
     "ProposalSelector",
     "QualityFocalLoss",
     "SSCAssigner",
+    "SimOTAAssigner",
     "TopKAssigner",
     "add_atss_config",
     "build_atss_resnet_fpn_backbone",

@@ -11,7 +11,7 @@ from detectron2.layers import ShapeSpec
 from detectron2.modeling.anchor_generator import build_anchor_generator
 from detectron2.utils.registry import Registry
 
-from .assigners import ATSSAssigner, IoUAssigner, SSCAssigner, TopKAssigner
+from .assigners import ATSSAssigner, IoUAssigner, SimOTAAssigner, SSCAssigner, TopKAssigner
 from .box_regression import Box2BoxTransform, PointToBoxTransform
 from .head import ATSS_HEAD_REGISTRY
 from .losses import DenseLoss, FocalLoss, QualityFocalLoss
@@ -32,6 +32,7 @@ ASSIGNER_REGISTRY = _registry(
     ATSSAssigner,
     IoUAssigner,
     SSCAssigner,
+    SimOTAAssigner,
     TopKAssigner,
 )
 BOX2BOX_TRANSFORM_REGISTRY = _registry(

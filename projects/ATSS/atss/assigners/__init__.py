@@ -14,6 +14,7 @@ from .assignment import (
 )
 from .atss import ATSSAssigner, adaptive_threshold
 from .iou import IoUAssigner
+from .simota import SimOTAAssigner
 from .ssc import FCOS_SIZE_RANGES, SSCAssigner
 from .topk import TopKAssigner
 
@@ -25,6 +26,7 @@ __all__ = [
     "IoUAssigner",
     "PredictionAssigner",
     "SSCAssigner",
+    "SimOTAAssigner",
     "TopKAssigner",
     "adaptive_threshold",
     "assign_all_anchors",

@@ -5,6 +5,7 @@ The first half of ATSS's rule. On a lattice the answer is computed from the posi
 """
 
 import itertools
+import math
 from functools import cache
 from typing import List, NamedTuple, Sequence, Tuple
 
@@ -105,6 +106,41 @@ def nearest_on_lattice(anchors: AnchorGrid, centers: Tensor, topk: int) -> Candi
         for part in (anchor_idxs, boxes)
     )
     return Candidates(anchor_idxs, boxes)
+
+
+def within_radius_on_lattice(
+    anchors: AnchorGrid, centers: Tensor, radius: float
+) -> Tuple[Candidates, Tensor]:
+    """Anchors around each point on every level, closer than a radius on both axes.
+
+    Args:
+        anchors: the grid, L levels with A anchors per location.
+        centers: (M, 2) points (x, y) in pixels, inside the image or not.
+        radius: in strides of the level, exclusive.
+
+    Returns:
+        `Candidates` of the windows that can hold such anchors, by level, row, column, cell, with
+        C = L * A times the squared number of columns; and (M, C) bool, which are that close. The
+        others name some anchor of the level.
+    """
+    heights, widths = zip(*anchors.grid_sizes)
+    size = anchors.constant("sizes", [widths, heights]).unsqueeze(2)  # (2, L, 1): axis before level
+    stride = anchors.stride_values.unsqueeze(1)  # (L, 1)
+    points = centers.view(-1, 2, 1, 1)  # (M, 2, 1, 1)
+    span = torch.arange(math.ceil(2 * radius) + 1, device=anchors.device)
+    first = torch.floor(points / stride - anchors.offset - radius).to(torch.int64)
+    steps = first + span  # (M, 2, L, T) columns, rows
+    distances = ((steps + anchors.offset) * stride - points).abs()
+    is_near = (distances < radius * stride) & (steps >= 0) & (steps < size)
+    columns, rows = torch.minimum(steps.clamp(min=0), size - 1).unbind(dim=1)  # (M, L, T) each
+    positions = rows.unsqueeze(3) * anchors.widths.view(-1, 1, 1) + columns.unsqueeze(2)
+    is_near = is_near[:, 1].unsqueeze(3) & is_near[:, 0].unsqueeze(2)  # (M, L, T, T)
+    cells = torch.arange(anchors.num_cell_anchors, device=anchors.device)
+    starts = anchors.level_starts.view(-1, 1, 1, 1)
+    anchor_idxs = starts + positions.unsqueeze(4) * len(cells) + cells  # (M, L, T, T, A)
+    is_near = is_near.unsqueeze(4).expand(anchor_idxs.shape).flatten(1)
+    anchor_idxs = anchor_idxs.flatten(1)
+    return Candidates(anchor_idxs, anchors.boxes_at(anchor_idxs)), is_near
 
 
 def nearest_anchors(anchors: Sequence[Boxes], centers: Tensor, topk: int) -> Candidates:
