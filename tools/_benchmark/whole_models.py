@@ -1,140 +1,129 @@
-"""Whole detectors on one batch: a training step and a detection, ours and Detectron2's."""
+"""Cases of whole detectors on one batch: a training step and a detection, ours and Detectron2's."""
 
 import copy
-from typing import Any, Dict, Iterator, List, Optional, Sequence
+from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple
 
 import torch
+from _reference_models import fcos, has_fcos, retinanet
 from atss.inference_mode.folding import fold_batch_norms
 from atss.inference_mode.prepare import prepare_for_inference
 from atss.model_zoo import get_config
 from atss.training.loop import compile_dense_parts, has_fast_bfloat16
-from benchmark_peers import fcos_detector, has_fcos, retinanet_detector
-from benchmark_scenes import random_instances
-from benchmark_scope import Case, Scope
-from benchmark_timing import Contestant
 from torch import nn
 
 from detectron2.config import instantiate
 
-__all__ = ["MODELS", "share_outside_convolution"]
+from .cases import Case, Contestant, Options, size_text
+from .synthetic import random_instances
+
+# Name of a contestant, its model, and the type of autocast if any.
+Variant = Tuple[str, nn.Module, Optional[torch.dtype]]
+Work = Callable[[nn.Module, Sequence[Dict], Optional[torch.dtype]], Callable[[Any], Any]]
 
 
-def train_cases(scope: Scope) -> Iterator[Case]:
+def train_cases(options: Options) -> Iterator[Case]:
     """Forward, backward and optimizer step."""
-    for batch_size in scope.model_batch_sizes:
-        batch = _make_batch(scope, batch_size)
-        models = _detectors(scope)
-        ours = models["ATSS"]
-        contestants = [_train_contestant("ATSS", ours, batch)]
-        last = copy.deepcopy(ours).to(memory_format=torch.channels_last)
-        contestants.append(_train_contestant("ATSS, channels_last", last, batch))
-        if has_fast_bfloat16(scope.device):
-            name = "ATSS, channels_last, bfloat16"
-            contestants.append(_train_contestant(name, copy.deepcopy(last), batch, torch.bfloat16))
-        if scope.compile:
-            name = "ATSS, channels_last, compiled"
-            compiled = compile_dense_parts(copy.deepcopy(last))
-            contestants.append(_train_contestant(name, compiled, batch))
-        for name, model in models.items():
-            if name != "ATSS":
-                contestants.append(_train_contestant(name, model, batch))
-            if name != "ATSS" and has_fast_bfloat16(scope.device):
-                last = copy.deepcopy(model).to(memory_format=torch.channels_last)
-                name = f"{name}, channels_last, bfloat16"
-                contestants.append(_train_contestant(name, last, batch, torch.bfloat16))
-        yield _case(scope, "train", batch_size, _runnable(contestants))
+
+    def variants() -> Iterator[Variant]:
+        for name, model in detectors(options).items():
+            yield name, model, None
+            last = _channels_last(model)
+            if name == "ATSS":
+                yield f"{name}, channels_last", last, None
+            if has_fast_bfloat16(options.device):
+                last = copy.deepcopy(last)
+                yield f"{name}, channels_last, bfloat16", last, torch.bfloat16
+            if name == "ATSS" and options.compile:
+                compiled = compile_dense_parts(_channels_last(model))
+                yield f"{name}, channels_last, compiled", compiled, None
+
+    yield from _cases(options, "train", variants, _training_step)
 
 
-def inference_cases(scope: Scope) -> Iterator[Case]:
+def inference_cases(options: Options) -> Iterator[Case]:
     """Detection, from image tensors to instances."""
-    for batch_size in scope.model_batch_sizes:
-        batch = _make_batch(scope, batch_size)
-        models = {name: model.eval() for name, model in _detectors(scope).items()}
-        ours = models["ATSS"]
-        contestants = [
-            _inference_contestant("ATSS", ours, batch),
-            _inference_contestant("ATSS, prepared", prepare_for_inference(ours), batch),
-        ]
-        if has_fast_bfloat16(scope.device):
-            prepared = prepare_for_inference(ours, dtype=torch.bfloat16)
-            contestants.append(_inference_contestant("ATSS, prepared, bfloat16", prepared, batch))
-        if scope.compile:
-            prepared = prepare_for_inference(ours, compile=True)
-            contestants.append(_inference_contestant("ATSS, prepared, compiled", prepared, batch))
-        for name, model in models.items():
-            if name != "ATSS":
-                contestants.append(_inference_contestant(name, model, batch))
-            if name != "ATSS" and has_fast_bfloat16(scope.device):
-                last = copy.deepcopy(model).to(memory_format=torch.channels_last)
-                name = f"{name}, channels_last, bfloat16"
-                contestants.append(_inference_contestant(name, last, batch, torch.bfloat16))
-        yield _case(scope, "inference", batch_size, _runnable(contestants))
+
+    def variants() -> Iterator[Variant]:
+        for name, model in detectors(options).items():
+            yield name, model.eval(), None
+            if name == "ATSS":
+                yield f"{name}, prepared", prepare_for_inference(model), None
+                yield from _prepared_otherwise(options, model, f"{name}, prepared")
+            elif has_fast_bfloat16(options.device):
+                last = _channels_last(model)
+                yield f"{name}, channels_last, bfloat16", last, torch.bfloat16
+
+    yield from _cases(options, "inference", variants, _detection)
 
 
-def step_cases(scope: Scope) -> Iterator[Case]:
+def step_cases(options: Options) -> Iterator[Case]:
     """Detection after each step of `prepare_for_inference`."""
-    for batch_size in scope.model_batch_sizes:
-        batch = _make_batch(scope, batch_size)
-        model = _detectors(scope)["ATSS"].eval()
+
+    def variants() -> Iterator[Variant]:
+        model = detectors(options)["ATSS"].eval()
+        yield "as trained", model, None
         folded = copy.deepcopy(model)
         fold_batch_norms(folded)
-        last = copy.deepcopy(folded).to(memory_format=torch.channels_last)
-        steps = {"as trained": model, "norms folded": folded, "and channels_last": last}
-        contestants = [_inference_contestant(*step, batch) for step in steps.items()]
-        name = "and fused operators: prepared"
-        contestants.append(_inference_contestant(name, prepare_for_inference(model), batch))
-        if scope.compile:
-            prepared = prepare_for_inference(model, compile=True)
-            contestants.append(_inference_contestant("prepared, compiled", prepared, batch))
-        if has_fast_bfloat16(scope.device):
-            last = copy.deepcopy(model).to(memory_format=torch.channels_last)
+        yield "norms folded", folded, None
+        yield "and channels_last", _channels_last(folded), None
+        yield "and fused operators: prepared", prepare_for_inference(model), None
+        if has_fast_bfloat16(options.device):
             name = "as trained, channels_last, bfloat16 autocast"
-            contestants.append(_inference_contestant(name, last, batch, torch.bfloat16))
-            prepared = prepare_for_inference(model, dtype=torch.bfloat16)
-            contestants.append(_inference_contestant("prepared, bfloat16", prepared, batch))
-        yield _case(scope, "steps", batch_size, _runnable(contestants))
+            yield name, _channels_last(model), torch.bfloat16
+        yield from _prepared_otherwise(options, model, "prepared")
+
+    yield from _cases(options, "steps", variants, _detection)
 
 
 MODELS = {"train": train_cases, "inference": inference_cases, "steps": step_cases}
 
 
-def share_outside_convolution(contestant: Contestant, device: torch.device) -> float:
-    """Part of a call's time that is not spent in convolutions, forward or backward, in [0, 1]."""
-    kinds = torch.profiler.ProfilerActivity
-    activities = [kinds.CPU] + ([kinds.CUDA] if device.type == "cuda" else [])
-    with torch.profiler.profile(activities=activities) as profile:
-        contestant.call(None)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-    total = convolution = 0.0
-    for event in profile.key_averages():
-        if event.device_type != torch.autograd.DeviceType.CPU:
-            continue  # a kernel: the operator that launched it has its time, and a name we know
-        if device.type == "cuda":
-            # torch < 2.4 says cuda instead of device
-            seconds = getattr(event, "self_device_time_total", None)
-            seconds = event.self_cuda_time_total if seconds is None else seconds
-        else:
-            seconds = event.self_cpu_time_total
-        total += seconds
-        convolution += seconds if "conv" in event.key.lower() else 0.0
-    return 1 - convolution / total
-
-
-def _detectors(scope: Scope) -> Dict[str, nn.Module]:
-    """Ours and peers by name, on equal backbones with equal classes; weights are random."""
-    cfg = get_config(scope.model).model
-    cfg.num_classes = scope.num_classes
-    num_convs = cfg.head.num_convs
-    models = {"ATSS": instantiate(cfg)}
+def detectors(options: Options) -> Dict[str, nn.Module]:
+    """Detectors by name, on equal backbones with equal classes; weights are random."""
+    model = get_config(options.model).model
+    model.num_classes = options.num_classes
+    configs = {"ATSS": model}
     if has_fcos():
-        models["FCOS"] = fcos_detector(instantiate(cfg.backbone), cfg, num_convs)
-    models["RetinaNet"] = retinanet_detector(instantiate(cfg.backbone), cfg, num_convs)
-    return {name: model.to(scope.device) for name, model in models.items()}
+        configs["FCOS"] = fcos(model)
+    configs["RetinaNet"] = retinanet(model)
+    return {name: instantiate(cfg).to(options.device) for name, cfg in configs.items()}
 
 
-def _make_batch(scope: Scope, batch_size: int) -> List[Dict[str, Any]]:
-    height, width = scope.image_size
+def _prepared_otherwise(options: Options, model: nn.Module, name: str) -> Iterator[Variant]:
+    if has_fast_bfloat16(options.device):
+        yield f"{name}, bfloat16", prepare_for_inference(model, dtype=torch.bfloat16), None
+    if options.compile:
+        yield f"{name}, compiled", prepare_for_inference(model, compile=True), None
+
+
+def _channels_last(model: nn.Module) -> nn.Module:
+    return copy.deepcopy(model).to(memory_format=torch.channels_last)
+
+
+def _cases(
+    options: Options, part: str, variants: Callable[[], Iterator[Variant]], work: Work
+) -> Iterator[Case]:
+    for batch_size in options.model_batch_sizes:
+        batch = _make_batch(options, batch_size)
+        contestants = []
+        for name, model, dtype in list(variants()):  # copies first, before any has run
+            contestant = Contestant(name, work(model, batch, dtype))
+            try:  # Detectron2's models do not run in every precision.
+                contestant.call(None)
+                contestants.append(contestant)
+            except RuntimeError as error:
+                print(f"{name} does not run here: {str(error).splitlines()[0]}")
+        settings = {
+            "model": options.model,
+            "images": batch_size,
+            "size": size_text(options.image_size),
+            "classes": options.num_classes,
+        }
+        yield Case(part, settings, contestants)
+
+
+def _make_batch(options: Options, batch_size: int) -> List[Dict[str, Any]]:
+    height, width = options.image_size
     generator = torch.Generator().manual_seed(0)
     return [
         {
@@ -142,20 +131,20 @@ def _make_batch(scope: Scope, batch_size: int) -> List[Dict[str, Any]]:
             "height": height,
             "width": width,
             "instances": random_instances(
-                7 + i % 14, scope.image_size, scope.num_classes, torch.device("cpu"), i
+                7 + i % 14, options.image_size, options.num_classes, torch.device("cpu"), i
             ),
         }
         for i in range(batch_size)
     ]
 
 
-def _train_contestant(
-    name: str, model: nn.Module, batch: Sequence[Dict], dtype: Optional[torch.dtype] = None
-) -> Contestant:
+def _training_step(
+    model: nn.Module, batch: Sequence[Dict], dtype: Optional[torch.dtype]
+) -> Callable[[Any], Any]:
     model.train()
     device = next(model.parameters()).device
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    # A rate that leaves random weights as they are: steps must not diverge while they are timed.
+    # So low a rate keeps the random weights as they are: they must not diverge while timed.
     optimizer = torch.optim.SGD(parameters, lr=1e-8, momentum=0.9, weight_decay=1e-4)
 
     def step(_: Any) -> Dict[str, torch.Tensor]:
@@ -166,12 +155,12 @@ def _train_contestant(
         optimizer.step()
         return losses
 
-    return Contestant(name, step)
+    return step
 
 
-def _inference_contestant(
-    name: str, model: nn.Module, batch: Sequence[Dict], dtype: Optional[torch.dtype] = None
-) -> Contestant:
+def _detection(
+    model: nn.Module, batch: Sequence[Dict], dtype: Optional[torch.dtype]
+) -> Callable[[Any], Any]:
     device = next(model.parameters()).device
 
     @torch.no_grad()
@@ -179,26 +168,4 @@ def _inference_contestant(
         with torch.autocast(device.type, dtype, enabled=dtype is not None):
             return model(batch)
 
-    return Contestant(name, detect)
-
-
-def _runnable(contestants: Sequence[Contestant]) -> List[Contestant]:
-    """Those that run; peers need not in every precision."""
-    runnable = []
-    for contestant in contestants:
-        try:
-            contestant.call(None)
-            runnable.append(contestant)
-        except RuntimeError as error:
-            print(f"{contestant.name} does not run here: {str(error).splitlines()[0]}")
-    return runnable
-
-
-def _case(scope: Scope, part: str, batch_size: int, contestants: List[Contestant]) -> Case:
-    settings = {
-        "model": scope.model,
-        "images": batch_size,
-        "size": f"{scope.image_size[0]}x{scope.image_size[1]}",
-        "classes": scope.num_classes,
-    }
-    return Case(part, settings, contestants)
+    return detect

@@ -1,8 +1,7 @@
-"""What Detectron2 0.5 (July 2021) needs changed to work on today's PyTorch, NumPy and Pillow.
+"""Patches of Detectron2 0.5 (July 2021) for current PyTorch, NumPy and Pillow.
 
-Each change is one declared `Mend`: where, what, by what, how often, why. Nothing else of the source
-is touched. A mend that does not find its place exactly as often as declared is an error, because
-then this is not the source that the list was written for.
+Each `Patch` declares what it replaces and how often; nothing else of the source changes. A pattern
+that is found more or less often is an error, because the source is then not release 0.5.
 """
 
 import re
@@ -11,12 +10,12 @@ from pathlib import Path
 from typing import Iterable
 
 
-class MendError(RuntimeError):
-    """The source to mend is not the one the mends were written for."""
+class PatchError(RuntimeError):
+    """The source is not the one that the patches were written for."""
 
 
 @dataclass(frozen=True)
-class Mend:
+class Patch:
     """Replace every match of the regular expression `pattern` in a file; there must be `count`."""
 
     path: str
@@ -28,35 +27,35 @@ class Mend:
     def apply(self, root: Path) -> None:
         file = root / self.path
         if not file.is_file():
-            raise MendError(f"{self.path}: no such file, needed for the mend '{self.why}'")
+            raise PatchError(f"{self.path}: no such file, needed for the patch '{self.why}'")
         text, found = re.subn(
             self.pattern, self.replacement, file.read_text(encoding="utf-8"), flags=re.MULTILINE
         )
         if found != self.count:
-            raise MendError(
-                f"{self.path}: {found} places for the mend '{self.why}', expected {self.count}"
+            raise PatchError(
+                f"{self.path}: {found} places for the patch '{self.why}', expected {self.count}"
             )
         file.write_text(text, encoding="utf-8")
 
 
-def apply_mends(root: Path, mends: Iterable[Mend]) -> None:
-    """Apply `mends` to the source tree below `root`; one that finds no place raises `MendError`."""
-    for mend in mends:
-        mend.apply(root)
+def apply_patches(root: Path, patches: Iterable[Patch]) -> None:
+    """Apply `patches` to the source tree below `root`; one that does not fit raises `PatchError`."""
+    for mend in patches:
+        patch.apply(root)
 
 
-def _numpy_alias(path: str, count: int) -> Mend:
-    return Mend(
+def _numpy_alias(path: str, count: int) -> Patch:
+    return Patch(
         f"detectron2/{path}",
         r"\bnp\.(bool|int|float|object|str)\b",
         r"\1",
         count,
-        "NumPy 1.24 dropped its aliases of Python's own types",
+        "NumPy 1.24 removed its aliases of Python types",
     )
 
 
-def _compiled_operators(path: str) -> Mend:
-    return Mend(
+def _compiled_operators(path: str) -> Patch:
+    return Patch(
         f"detectron2/{path}",
         r"^from detectron2 import _C$",
         "try:\n"
@@ -68,13 +67,13 @@ def _compiled_operators(path: str) -> Mend:
     )
 
 
-MENDS = (
-    Mend(
+PATCHES = (
+    Patch(
         "detectron2/data/transforms/transform.py",
         r"\bImage\.LINEAR\b",
         "Image.BILINEAR",
         1,
-        "Pillow 10 dropped LINEAR, the old name of BILINEAR",
+        "Pillow 10 removed LINEAR, the old name of BILINEAR",
     ),
     _numpy_alias("data/build.py", 2),
     _numpy_alias("data/datasets/pascal_voc.py", 1),
@@ -86,8 +85,8 @@ MENDS = (
     _compiled_operators("layers/deform_conv.py"),
     _compiled_operators("layers/roi_align_rotated.py"),
     _compiled_operators("layers/rotated_boxes.py"),
-    # As in later releases: fast_eval_api needs the operators; pycocotools takes its place.
-    Mend(
+    # As in later releases: fast_eval_api needs the compiled operators, pycocotools does not.
+    Patch(
         "detectron2/evaluation/coco_evaluation.py",
         r"^from detectron2\.evaluation\.fast_eval_api import COCOeval_opt$",
         "try:\n"
@@ -98,14 +97,14 @@ MENDS = (
         "COCO evaluation falls back to pycocotools",
     ),
     # PyTorch's own schedulers no longer derive from _LRScheduler: their state would not be saved.
-    Mend(
+    Patch(
         "detectron2/engine/hooks.py",
         r"\btorch\.optim\.lr_scheduler\._LRScheduler\b",
         "torch.optim.lr_scheduler.LRScheduler",
         2,
         "PyTorch 2.0 gave its schedulers another base class",
     ),
-    Mend(
+    Patch(
         "detectron2/export/__init__.py",
         r"^from \.api import \*$",
         "try:\n"
@@ -115,20 +114,20 @@ MENDS = (
         1,
         "Caffe2 is optional",
     ),
-    Mend(
+    Patch(
         "detectron2/model_zoo/model_zoo.py",
         r"^import pkg_resources\n",
         "",
         1,
-        "setuptools 81 dropped pkg_resources",
+        "setuptools 81 removed pkg_resources",
     ),
-    Mend(
+    Patch(
         "detectron2/model_zoo/model_zoo.py",
         r"pkg_resources\.resource_filename\(\s*"
         r'"detectron2\.model_zoo", os\.path\.join\("configs", config_path\)\s*\)',
         'os.path.join(os.path.dirname(os.path.abspath(__file__)), "configs", config_path)',
         1,
-        "setuptools 81 dropped pkg_resources (its use)",
+        "setuptools 81 removed pkg_resources (its use)",
     ),
 )
 
@@ -139,13 +138,13 @@ class _MissingOperators:
     def __getattr__(self, name):
         raise NotImplementedError(
             f"detectron2._C.{name} is a compiled operator, and this Detectron2 has none. "
-            "Build it from its official repository to have them."
+            "Build Detectron2 from its official repository to have them."
         )
 
 
 _C = _MissingOperators()
 """,
-    # Replaces the release's own, which compiles the operators and pins versions of 2021.
+    # In place of the release's own, which compiles the operators and pins versions of 2021.
     "setup.py": """\
 from setuptools import find_packages, setup
 
@@ -157,10 +156,10 @@ PROJECTS = {
 
 setup(
     name="detectron2",
-    version="0.5+mended",
+    version="0.5+patched",
     author="FAIR",
     url="https://github.com/facebookresearch/detectron2",
-    description="Detectron2 0.5 without compiled operators, mended for today's PyTorch",
+    description="Detectron2 0.5 without compiled operators, patched to work with current PyTorch",
     license="Apache-2.0",
     packages=find_packages(include=("detectron2", "detectron2.*")) + list(PROJECTS),
     package_dir=PROJECTS,
