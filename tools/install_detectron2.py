@@ -49,9 +49,9 @@ import detectron2.engine, detectron2.evaluation, detectron2.modeling
 print(f"version {{detectron2.__version__}} in {{detectron2.__path__[0]}}")
 """
 
-# `pip download` runs the setup.py of an sdist for its metadata, before the hash is checked, and then
-# refuses the metadata, because an extra names a URL. This module in place of setuptools gives pip
-# the metadata without running anything of the sdist.
+# `pip download` runs the setup.py of an sdist for its metadata, before the hash is checked, and
+# then refuses the metadata, because an extra names a URL. This module in place of setuptools gives
+# pip the metadata without running anything of the sdist.
 _STUB_BACKEND = """\
 import os
 
@@ -179,27 +179,25 @@ def unpack_patched(archive: Path, folder: Path) -> Path:
     try:
         apply_patches(root, PATCHES)
     except PatchError as error:
-        raise InstallError(
-            f"{SDIST} is not the source that the patches are for: {error}"
-        ) from error
+        raise InstallError(f"{SDIST} is not what the patches are for: {error}") from error
     for path, text in ADDED_FILES.items():
         (root / path).write_text(text, encoding="utf-8")
     return root
 
 
 def install(source: str = "auto") -> str:
-    """Install from a source, or "auto" for the first available; returns what was installed."""
+    """Install from a source, or "auto" for the first available; returns what was done."""
     if source == "auto":
         installed = find_installed()
         if installed:
-            return f"nothing, there is {installed}"
+            return f"nothing to do, {installed} is installed"
     has_torch = subprocess.run([sys.executable, "-c", "import torch"], capture_output=True)
     if has_torch.returncode != 0:
         raise InstallError(
             f"Detectron2 needs PyTorch, which {sys.executable} cannot import. Install torch and "
             "torchvision first"
         )
-    return f"{_install_from(source)}: {find_installed() or 'but Python does not find it'}"
+    return f"installed {_install_from(source)}: {find_installed() or 'but Python does not find it'}"
 
 
 def _install_from(source: str) -> str:
@@ -235,7 +233,7 @@ def main(arguments=None) -> int:
     )
     parser.add_argument("--source", choices=("auto", "official", "sdist"), default="auto")
     try:
-        print(f"Detectron2: installed {install(parser.parse_args(arguments).source)}.")
+        print(f"Detectron2: {install(parser.parse_args(arguments).source)}.")
     except InstallError as error:
         print(f"install_detectron2: {error}.", file=sys.stderr)
         return 1

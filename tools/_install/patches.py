@@ -39,35 +39,55 @@ class Patch:
 
 
 def apply_patches(root: Path, patches: Iterable[Patch]) -> None:
-    """Apply `patches` to the source tree below `root`; one that does not fit raises `PatchError`."""
-    for mend in patches:
+    """Apply patches to the source tree below `root`.
+
+    Raises:
+        PatchError: for one whose place is not there.
+    """
+    for patch in patches:
         patch.apply(root)
 
 
-def _numpy_alias(path: str, count: int) -> Patch:
-    return Patch(
-        f"detectron2/{path}",
-        r"\bnp\.(bool|int|float|object|str)\b",
-        r"\1",
-        count,
-        "NumPy 1.24 removed its aliases of Python types",
-    )
+def _numpy_aliases(path: str, count: int) -> Patch:
+    pattern, replacement = r"\bnp\.(bool|int|float|object|str)\b", r"\1"
+    why = "NumPy 1.24 removed its aliases of Python types"
+    return Patch(f"detectron2/{path}", pattern, replacement, count, why)
 
 
-def _compiled_operators(path: str) -> Patch:
-    return Patch(
-        f"detectron2/{path}",
-        r"^from detectron2 import _C$",
-        "try:\n"
-        "    from detectron2 import _C\n"
-        "except ImportError:\n"
-        "    from detectron2.layers.missing_operators import _C",
-        1,
-        "the compiled operators are optional",
-    )
+def _optional_import(path: str, statement: str, otherwise: str, why: str) -> Patch:
+    replacement = f"try:\n    {statement}\nexcept ImportError:\n    {otherwise}"
+    return Patch(f"detectron2/{path}", f"^{re.escape(statement)}$", replacement, 1, why)
+
+
+def _optional_operators(path: str) -> Patch:
+    otherwise = "from detectron2.layers.missing_operators import _C"
+    why = "the compiled operators are optional"
+    return _optional_import(path, "from detectron2 import _C", otherwise, why)
 
 
 PATCHES = (
+    _numpy_aliases("data/build.py", 2),
+    _numpy_aliases("data/datasets/pascal_voc.py", 1),
+    _numpy_aliases("evaluation/pascal_voc_evaluation.py", 2),
+    _numpy_aliases("evaluation/sem_seg_evaluation.py", 7),
+    _numpy_aliases("structures/masks.py", 2),
+    _numpy_aliases("utils/video_visualizer.py", 1),
+    _numpy_aliases("utils/visualizer.py", 3),
+    _optional_operators("layers/deform_conv.py"),
+    _optional_operators("layers/roi_align_rotated.py"),
+    _optional_operators("layers/rotated_boxes.py"),
+    _optional_import(
+        "evaluation/coco_evaluation.py",
+        "from detectron2.evaluation.fast_eval_api import COCOeval_opt",
+        "COCOeval_opt = COCOeval",
+        "COCO evaluation falls back to pycocotools, as in later releases",
+    ),
+    _optional_import(
+        "export/__init__.py",
+        "from .api import *",
+        "pass  # Caffe2 is no longer part of PyTorch",
+        "Caffe2 is optional",
+    ),
     Patch(
         "detectron2/data/transforms/transform.py",
         r"\bImage\.LINEAR\b",
@@ -75,44 +95,13 @@ PATCHES = (
         1,
         "Pillow 10 removed LINEAR, the old name of BILINEAR",
     ),
-    _numpy_alias("data/build.py", 2),
-    _numpy_alias("data/datasets/pascal_voc.py", 1),
-    _numpy_alias("evaluation/pascal_voc_evaluation.py", 2),
-    _numpy_alias("evaluation/sem_seg_evaluation.py", 7),
-    _numpy_alias("structures/masks.py", 2),
-    _numpy_alias("utils/video_visualizer.py", 1),
-    _numpy_alias("utils/visualizer.py", 3),
-    _compiled_operators("layers/deform_conv.py"),
-    _compiled_operators("layers/roi_align_rotated.py"),
-    _compiled_operators("layers/rotated_boxes.py"),
-    # As in later releases: fast_eval_api needs the compiled operators, pycocotools does not.
-    Patch(
-        "detectron2/evaluation/coco_evaluation.py",
-        r"^from detectron2\.evaluation\.fast_eval_api import COCOeval_opt$",
-        "try:\n"
-        "    from detectron2.evaluation.fast_eval_api import COCOeval_opt\n"
-        "except ImportError:\n"
-        "    COCOeval_opt = COCOeval",
-        1,
-        "COCO evaluation falls back to pycocotools",
-    ),
-    # PyTorch's own schedulers no longer derive from _LRScheduler: their state would not be saved.
+    # Without this, the state of PyTorch's own schedulers would not be saved.
     Patch(
         "detectron2/engine/hooks.py",
         r"\btorch\.optim\.lr_scheduler\._LRScheduler\b",
         "torch.optim.lr_scheduler.LRScheduler",
         2,
         "PyTorch 2.0 gave its schedulers another base class",
-    ),
-    Patch(
-        "detectron2/export/__init__.py",
-        r"^from \.api import \*$",
-        "try:\n"
-        "    from .api import *\n"
-        "except ImportError:\n"
-        "    pass  # Caffe2 is no longer part of PyTorch",
-        1,
-        "Caffe2 is optional",
     ),
     Patch(
         "detectron2/model_zoo/model_zoo.py",
