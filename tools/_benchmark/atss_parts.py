@@ -1,9 +1,9 @@
-"""ATSS's anchors, assignment, losses and post-processing, as the benchmark calls them.
+"""ATSS's assignment, losses and post-processing, as the benchmark calls them.
 
 The only file of the benchmark that knows how the package calls its parts.
 """
 
-from typing import Dict, List, Sequence, Tuple
+from typing import Dict, List, Sequence
 
 import torch
 from atss.head import DensePredictions
@@ -15,6 +15,9 @@ from torch import Tensor
 
 from detectron2.config import instantiate
 from detectron2.structures import Boxes, Instances
+
+from .cases import Levels, Size
+from .synthetic import grid_sizes_of
 
 
 def full_method(num_classes: int, anchors_per_location: int = 1) -> DictConfig:
@@ -28,41 +31,36 @@ def full_method(num_classes: int, anchors_per_location: int = 1) -> DictConfig:
 
 
 class ATSSParts:
-    """The parts of a detector that are not its network.
+    """ATSS without its network, with the anchors of one image size.
 
     Args:
         model: of `full_method`.
-        grid_sizes: (Hi, Wi) of the levels.
+        image_size: (height, width).
         device: of the anchors.
     """
 
-    def __init__(self, model: DictConfig, grid_sizes: Sequence[Tuple[int, int]], device):
+    mean_delta = 0.0
+
+    def __init__(self, model: DictConfig, image_size: Size, device: torch.device):
         generator = instantiate(model.anchor_generator).to(device)
-        self.features = [torch.empty(1, 0, *size, device=device) for size in grid_sizes]
-        self.grid = generator.grid(self.features)
-        self.anchors: List[Boxes] = generator(self.features)
+        features = [torch.empty(1, 0, *s, device=device) for s in grid_sizes_of(image_size)]
+        self.anchors: List[Boxes] = generator(features)
         self.transform = instantiate(model.box2box_transform)
+        self._grid = generator.grid(features)
         self._assigner = instantiate(model.assigner)
         self._loss = instantiate(model.loss)
         self._num_classes = model.num_classes
+        self._image_size = image_size
 
     def label_anchors(self, gt_instances: Sequence[Instances]) -> Targets:
-        return label_anchors(self._assigner, self.grid, gt_instances, self._num_classes)
+        return label_anchors(self._assigner, self._grid, gt_instances, self._num_classes)
 
     def losses(
-        self,
-        logits: List[Tensor],
-        deltas: List[Tensor],
-        centerness: List[Tensor],
-        targets: Targets,
+        self, logits: Levels, deltas: Levels, centerness: Levels, labels: Targets
     ) -> Dict[str, Tensor]:
-        return self._loss(DensePredictions(logits, deltas, centerness), self.grid, targets)
+        return self._loss(DensePredictions(logits, deltas, centerness), self._grid, labels)
 
-    def detect(
-        self,
-        predictions: Sequence[List[Tensor]],
-        image_sizes: Sequence[Tuple[int, int]],
-    ) -> List[Instances]:
-        """Detections from logits, deltas and centerness by level."""
-        predictions = DensePredictions(*predictions)
+    def detect(self, logits: Levels, deltas: Levels, centerness: Levels) -> List[Instances]:
+        predictions = DensePredictions(logits, deltas, centerness)
+        image_sizes = [self._image_size] * len(logits[0])
         return detect(predictions, self.anchors, image_sizes, self.transform.apply_deltas)

@@ -4,6 +4,10 @@ from dataclasses import dataclass
 from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
 import torch
+from torch import Tensor
+
+Size = Tuple[int, int]  # height, width
+Levels = List[Tensor]  # head outputs of P3 to P7
 
 
 @dataclass
@@ -24,7 +28,7 @@ class Options:
     """
 
     device: torch.device
-    image_size: Tuple[int, int] = (800, 1344)
+    image_size: Size = (800, 1344)
     objects: Sequence[int] = (1, 7, 20, 50, 100, 300, 1000)
     batch_sizes: Sequence[int] = (2, 8)
     num_classes: int = 80
@@ -34,7 +38,7 @@ class Options:
     model_batch_sizes: Sequence[int] = (1,)
     compile: bool = False
 
-    def scaled_size(self, factor: float) -> Tuple[int, int]:
+    def scaled_size(self, factor: float) -> Size:
         """The image size times a factor, in multiples of 32 pixels."""
         height, width = (max(32, round(side * factor / 32) * 32) for side in self.image_size)
         return height, width
@@ -72,6 +76,6 @@ class Case:
     unit_bytes: int = 0
 
 
-def size_text(size: Tuple[int, int]) -> str:
+def size_text(size: Size) -> str:
     """Such as "800x1344"."""
     return "x".join(map(str, size))

@@ -1,19 +1,29 @@
 """Cases of what a dense detector does besides convolution, ours and Detectron2's on equal input."""
 
-from typing import Any, Callable, Dict, Iterator, List, Sequence, Tuple
+from typing import Any, Dict, Iterator, List, Sequence
 
 import torch
-from _reference_models import fcos, has_fcos, retinanet, without_network
+from _reference_models import has_fcos
 from atss.layers import DeformConv2d
 from torch import Tensor, nn
 
 from detectron2.layers import DeformConv, ModulatedDeformConv
-from detectron2.modeling.meta_arch.retinanet import permute_to_N_HWA_K
-from detectron2.structures import Boxes, ImageList, Instances
 
 from .atss_parts import ATSSParts, full_method
-from .cases import Case, Contestant, Options, size_text
+from .cases import Case, Contestant, Levels, Options, Size, size_text
+from .reference_parts import FCOSParts, RetinaNetParts
 from .synthetic import candidate_predictions, grid_sizes_of, random_instances
+
+
+def _detectors(
+    options: Options, image_size: Size, num_classes: int, anchors_per_location: int = 1
+) -> Dict[str, Any]:
+    """Detectors without networks by name, ours first."""
+    types = {"ATSS": ATSSParts, "RetinaNet": RetinaNetParts}
+    if has_fcos() and anchors_per_location == 1:
+        types["FCOS"] = FCOSParts
+    model = full_method(num_classes, anchors_per_location)
+    return {name: of(model, image_size, options.device) for name, of in types.items()}
 
 
 def assign_cases(options: Options) -> Iterator[Case]:
@@ -28,26 +38,17 @@ def assign_cases(options: Options) -> Iterator[Case]:
 
 
 def _assign_case(
-    options: Options,
-    image_size: Tuple[int, int],
-    counts: Sequence[int],
-    anchors_per_location: int = 1,
+    options: Options, image_size: Size, counts: Sequence[int], anchors_per_location: int = 1
 ) -> Case:
-    model = full_method(options.num_classes, anchors_per_location)
-    ours = ATSSParts(model, grid_sizes_of(image_size), options.device)
     gt_instances = [
         random_instances(count, image_size, options.num_classes, options.device, i)
         for i, count in enumerate(counts)
     ]
-    theirs = _retinanet(model, options.device)
+    detectors = _detectors(options, image_size, options.num_classes, anchors_per_location)
     contestants = [
-        Contestant("ATSS", lambda _: ours.label_anchors(gt_instances)),
-        Contestant("RetinaNet", lambda _: theirs.label_anchors(ours.anchors, gt_instances)),
+        Contestant(name, lambda _, detector=detector: detector.label_anchors(gt_instances))
+        for name, detector in detectors.items()
     ]
-    if has_fcos() and anchors_per_location == 1:
-        other = _fcos(model, options.device)
-        points = other.anchor_generator(ours.features)
-        contestants.append(Contestant("FCOS", lambda _: other.label_anchors(points, gt_instances)))
     settings = {
         "images": len(counts),
         "size": size_text(image_size),
@@ -68,69 +69,34 @@ def loss_cases(options: Options) -> Iterator[Case]:
         yield _loss_case(options, options.scaled_size(factor), first, options.num_classes)
 
 
-def _loss_case(
-    options: Options, image_size: Tuple[int, int], batch_size: int, num_classes: int
-) -> Case:
-    device = options.device
-    grid_sizes = grid_sizes_of(image_size)
+def _loss_case(options: Options, image_size: Size, batch_size: int, num_classes: int) -> Case:
     generator = torch.Generator().manual_seed(batch_size)
 
-    def outputs(channels: int, mean: float, deviation: float) -> List[Tensor]:
-        levels = [torch.randn(batch_size, channels, *s, generator=generator) for s in grid_sizes]
-        return [(x * deviation + mean).to(device).requires_grad_() for x in levels]
+    def outputs(channels: int, mean: float, deviation: float) -> Levels:
+        sizes = [(batch_size, channels, *size) for size in grid_sizes_of(image_size)]
+        levels = [torch.randn(*size, generator=generator) * deviation + mean for size in sizes]
+        return [level.to(options.device).requires_grad_() for level in levels]
 
-    def contestant(
-        name: str, losses: Callable[[], Dict[str, Tensor]], inputs: List[Tensor]
-    ) -> Contestant:
+    logits, centerness = outputs(num_classes, -4.6, 1.0), outputs(1, 0.0, 1.0)
+    gt_instances = [
+        random_instances(7 + 13 * i // batch_size, image_size, num_classes, options.device, i)
+        for i in range(batch_size)
+    ]
+
+    def contestant(name: str, detector: Any) -> Contestant:
+        deltas = outputs(4, detector.mean_delta, 0.3)
+        labels = detector.label_anchors(gt_instances)
+        inputs = [*logits, *deltas, *(centerness if name != "RetinaNet" else [])]
+
         def call(_: Any) -> Dict[str, Tensor]:
-            found = losses()
-            torch.autograd.grad(sum(found.values()), inputs)
-            return found
+            losses = detector.losses(logits, deltas, centerness, labels)
+            torch.autograd.grad(sum(losses.values()), inputs)
+            return losses
 
         return Contestant(name, call)
 
-    logits = outputs(num_classes, -4.6, 1.0)
-    centerness = outputs(1, 0.0, 1.0)
-    deltas = outputs(4, 0.0, 0.3)
-    gt_instances = [
-        random_instances(7 + 13 * i // batch_size, image_size, num_classes, device, i)
-        for i in range(batch_size)
-    ]
-    model = full_method(num_classes)
-    ours = ATSSParts(model, grid_sizes, device)
-    targets = ours.label_anchors(gt_instances)
-
-    def atss_losses() -> Dict[str, Tensor]:
-        return ours.losses(logits, deltas, centerness, targets)
-
-    theirs = _retinanet(model, device)
-    labels, boxes = theirs.label_anchors(ours.anchors, gt_instances)
-
-    def retinanet_losses() -> Dict[str, Tensor]:
-        pred_logits, pred_deltas = _transpose(logits, num_classes), _transpose(deltas, 4)
-        return theirs.losses(ours.anchors, pred_logits, labels, pred_deltas, boxes)
-
-    contestants = [
-        contestant("ATSS", atss_losses, [*logits, *deltas, *centerness]),
-        contestant("RetinaNet", retinanet_losses, [*logits, *deltas]),
-    ]
-    if has_fcos():
-        other = _fcos(model, device)
-        points = other.anchor_generator(ours.features)
-        point_labels, point_boxes = other.label_anchors(points, gt_instances)
-        distances = outputs(4, 4.0, 0.3)
-
-        def fcos_losses() -> Dict[str, Tensor]:
-            return other.losses(
-                points,
-                _transpose(logits, num_classes),
-                point_labels,
-                _transpose(distances, 4),
-                point_boxes,
-                _transpose(centerness, 1),
-            )
-
-        contestants.append(contestant("FCOS", fcos_losses, [*logits, *distances, *centerness]))
+    detectors = _detectors(options, image_size, num_classes)
+    contestants = [contestant(name, detector) for name, detector in detectors.items()]
     settings = {"images": batch_size, "size": size_text(image_size), "classes": num_classes}
     logit_bytes = sum(x.numel() * x.element_size() for x in logits)
     return Case("loss", settings, contestants, unit_bytes=logit_bytes)
@@ -143,65 +109,40 @@ def post_cases(options: Options) -> Iterator[Case]:
 
 
 def _post_case(options: Options, batch_size: int) -> Case:
-    device, num_classes, image_size = options.device, options.num_classes, options.image_size
+    image_size, num_classes = options.image_size, options.num_classes
     grid_sizes = grid_sizes_of(image_size)
-    model = full_method(num_classes)
-    ours = ATSSParts(model, grid_sizes, device)
-    made = candidate_predictions(ours.anchors, image_size, batch_size, num_classes)
-    image_sizes = [image_size] * batch_size
-    images = ImageList(torch.empty(0), image_sizes)
+    detectors = _detectors(options, image_size, num_classes)
+    squares = detectors["ATSS"].anchors
+    made = candidate_predictions(squares, image_size, batch_size, num_classes)
 
-    def per_level(values: Tensor) -> List[Tensor]:
+    def per_level(values: Tensor) -> Levels:
         """(N, R, D) to head outputs (N, D, Hi, Wi)."""
         levels = values.split([height * width for height, width in grid_sizes], dim=1)
         return [
-            level.transpose(1, 2).reshape(batch_size, -1, *size).contiguous().to(device)
+            level.transpose(1, 2).reshape(batch_size, -1, *size).contiguous().to(options.device)
             for level, size in zip(levels, grid_sizes)
         ]
 
-    def encode(transform: Any, anchors: Sequence[Boxes]) -> List[Tensor]:
-        boxes = torch.cat([level.tensor.cpu() for level in anchors])
-        return per_level(torch.stack([transform.get_deltas(boxes, of) for of in made.boxes]))
+    def contestant(name: str, detector: Any) -> Contestant:
+        anchors = torch.cat([level.tensor.cpu() for level in detector.anchors])
+        deltas = torch.stack([detector.transform.get_deltas(anchors, of) for of in made.boxes])
+        outputs = [per_level(values) for values in (made.class_logits, deltas, made.centerness)]
 
-    def contestant(name: str, call: Callable, *outputs: List[Tensor]) -> Contestant:
+        @torch.no_grad()
+        def call(predictions: List[Levels]) -> Any:
+            return detector.detect(*predictions)
+
         # Detectron2's FCOS writes into its predictions, so each call gets its own.
-        def copies() -> List[List[Tensor]]:
-            return [[level.clone() for level in levels] for levels in outputs]
+        return Contestant(name, call, lambda: [[x.clone() for x in levels] for levels in outputs])
 
-        return Contestant(name, torch.no_grad()(call), copies)
-
-    logits, centerness = per_level(made.class_logits), per_level(made.centerness)
-    deltas = encode(ours.transform, ours.anchors)
-    contestants = [
-        contestant("ATSS", lambda p: ours.detect(p, image_sizes), logits, deltas, centerness)
-    ]
-    if has_fcos():
-        other = _fcos(model, device)
-        distances = encode(other.box2box_transform, other.anchor_generator(ours.features))
-
-        def fcos_detect(predictions: List[List[Tensor]]) -> List[Instances]:
-            return other.forward_inference(images, ours.features, predictions)
-
-        contestants.append(contestant("FCOS", fcos_detect, logits, distances, centerness))
-    theirs = _retinanet(model, device)
-    theirs.test_nms_thresh = 0.6
-
-    def retinanet_detect(predictions: List[List[Tensor]]) -> List[Instances]:
-        if hasattr(theirs, "forward_inference"):
-            return theirs.forward_inference(images, ours.features, predictions)
-        # Detectron2 up to 0.6
-        pred_logits = _transpose(predictions[0], num_classes)
-        pred_deltas = _transpose(predictions[1], 4)
-        return theirs.inference(ours.anchors, pred_logits, pred_deltas, image_sizes)
-
-    contestants.append(contestant("RetinaNet", retinanet_detect, logits, deltas))
+    names = [name for name in ("ATSS", "FCOS", "RetinaNet") if name in detectors]
     settings = {
         "images": batch_size,
         "size": size_text(image_size),
         "classes": num_classes,
         "candidates": round(made.num_candidates),
     }
-    return Case("post", settings, contestants)
+    return Case("post", settings, [contestant(name, detectors[name]) for name in names])
 
 
 def deform_conv_cases(options: Options) -> Iterator[Case]:
@@ -212,9 +153,7 @@ def deform_conv_cases(options: Options) -> Iterator[Case]:
             yield _deform_conv_case(options.device, size, modulated, backward)
 
 
-def _deform_conv_case(
-    device: torch.device, size: Tuple[int, int], modulated: bool, backward: bool
-) -> Case:
+def _deform_conv_case(device: torch.device, size: Size, modulated: bool, backward: bool) -> Case:
     channels = 256
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(1, channels, *size, generator=generator).to(device).requires_grad_(backward)
@@ -251,23 +190,6 @@ def _deform_conv_case(
         "input": f"1x{channels}x{size_text(size)}",
     }
     return Case("deform_conv", settings, contestants)
-
-
-def _retinanet(model: Any, device: torch.device) -> nn.Module:
-    """RetinaNet with the anchors, deltas and box loss of ATSS, so that the work is equal."""
-    config = retinanet(model)
-    config.box2box_transform.weights = model.box2box_transform.weights
-    changes = {"anchor_generator": model.anchor_generator, "box_reg_loss_type": "giou"}
-    return without_network(config, **changes).to(device)
-
-
-def _fcos(model: Any, device: torch.device) -> nn.Module:
-    return without_network(fcos(model)).to(device)
-
-
-def _transpose(levels: Sequence[Tensor], channels: int) -> List[Tensor]:
-    """Head outputs (N, A*D, Hi, Wi) as (N, Hi*Wi*A, D), by Detectron2's own function."""
-    return [permute_to_N_HWA_K(level, channels) for level in levels]
 
 
 PARTS = {

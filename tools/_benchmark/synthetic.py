@@ -1,7 +1,7 @@
 """Synthetic ground truth and predictions to measure with."""
 
 import math
-from typing import List, NamedTuple, Sequence, Tuple
+from typing import List, NamedTuple, Sequence
 
 import torch
 from _reference_models import STRIDES
@@ -9,18 +9,20 @@ from torch import Tensor
 
 from detectron2.structures import Boxes, Instances
 
+from .cases import Size
+
 # Candidates of an image above the threshold, by level: about as many as a trained model has on a
 # crowded image. Post-processing keeps 1000 of a level.
 _CANDIDATES = (1700, 1600, 1600, 1400, 500)
 
 
-def grid_sizes_of(image_size: Tuple[int, int]) -> List[Tuple[int, int]]:
+def grid_sizes_of(image_size: Size) -> List[Size]:
     """(Hi, Wi) of the levels P3 to P7."""
     return [tuple(math.ceil(side / stride) for side in image_size) for stride in STRIDES]
 
 
 def random_instances(
-    count: int, image_size: Tuple[int, int], num_classes: int, device: torch.device, seed: int = 0
+    count: int, image_size: Size, num_classes: int, device: torch.device, seed: int = 0
 ) -> Instances:
     """Ground truth with sides from 10 px to most of the image, small ones as common as large."""
     generator = torch.Generator().manual_seed(1000 * count + seed)
@@ -54,7 +56,7 @@ class SyntheticPredictions(NamedTuple):
 
 def candidate_predictions(
     anchors: Sequence[Boxes],
-    image_size: Tuple[int, int],
+    image_size: Size,
     batch_size: int,
     num_classes: int,
     num_objects: int = 20,
