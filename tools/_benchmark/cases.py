@@ -1,4 +1,4 @@
-"""What is measured: options of the benchmark, and cases with contestants doing the same work."""
+"""Options of the benchmark, and its cases: contestants that do the same work."""
 
 from dataclasses import dataclass
 from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
