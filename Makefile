@@ -1,5 +1,5 @@
 # make demo: train ATSS on the embedded shapes and look at what it learned.
-# make test: prove the code. Both set the environment up first, once.
+# make test: run the tests. Both set the environment up first, once.
 #
 #   make test VENV=/somewhere/else      another place for the environment
 #   make demo DEMO_FLAGS=--quick        options of tools/demo.py
@@ -16,12 +16,12 @@ STAMP := $(VENV)/.atss-setup
 
 help:
 	@sed -n '1,5s/^# \{0,1\}//p' Makefile
-	@echo '  make setup | lint | clean           the environment alone; ruff; remove what was made'
+	@echo '  make setup | lint | clean           only the environment; ruff; remove outputs'
 
 setup: $(STAMP)
 
 # The stamp comes last: a set-up that was interrupted starts over, and pip skips what is there.
-$(STAMP): setup.py tools/install_detectron2.py tools/detectron2_mends.py
+$(STAMP): setup.py tools/install_detectron2.py tools/_install/patches.py
 	@$(PYTHON) -c 'import sys; v = sys.version_info; \
 	    sys.exit(0 if v >= (3, 9) else \
 	    "Python >= 3.9 is needed, %s is %d.%d: make PYTHON=..." % (sys.executable, v[0], v[1]))'

@@ -1,8 +1,8 @@
 #!/usr/bin/env python
-"""The paper's tables as configs: list them, build them, train them in small.
+"""The paper's tables as configs: list their rows, build them, train small versions of them.
 
-    python tools/ablation_table.py --list               # every row and its difference
-    python tools/ablation_table.py --list topk          # of a folder, or of single rows
+    python tools/ablation_table.py --list               # every row and its differences
+    python tools/ablation_table.py --list topk          # those of a folder, or single ones
     python tools/ablation_table.py --check              # build each at full size, show its parts
     python tools/ablation_table.py --run boxes_or_points topk/k3 --toy --seeds 1 2
 
@@ -11,6 +11,7 @@ configs/ablations/topk/k3.py; `--list` then shows the AP of its metrics.json.
 """
 
 import argparse
+import functools
 import inspect
 import shlex
 import sys
@@ -18,10 +19,17 @@ from pathlib import Path
 from typing import Any, List, Optional
 
 import torch
-from ablation_differences import difference, faults, showing
-from ablation_report import markdown, orderings, plot, results_table, write_report
-from ablation_rows import Row, find_rows, load_parent, load_row, measured_ap, select_rows
-from ablation_toy import SIZES, Settings, run_rows
+from _ablations.differences import describe_changes, faults
+from _ablations.report import (
+    orderings,
+    orderings_table,
+    plot,
+    results_table,
+    write_report,
+)
+from _ablations.rows import Row, find_rows, load_origin, load_row, measured_ap, select_rows
+from _ablations.toy_runs import SIZES, Settings, run_rows
+from _markdown import markdown_table
 
 from detectron2.config import instantiate
 
@@ -31,27 +39,33 @@ def parse_arguments(argv: Optional[List[str]] = None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--list", nargs="*", metavar="ROW", help="rows, differences, AP; all if none")
-    what.add_argument("--check", nargs="*", metavar="ROW", help="build rows and show their parts")
-    what.add_argument("--run", nargs="+", metavar="ROW", help="train rows, see --toy")
+    what.add_argument(
+        "--list", nargs="*", metavar="ROW", help="show differences and AP; of all by default"
+    )
+    what.add_argument(
+        "--check", nargs="*", metavar="ROW", help="build, show parts, compare with the parent"
+    )
+    what.add_argument("--run", nargs="+", metavar="ROW", help="train, with --toy")
     parser.add_argument(
-        "--runs", default=".", metavar="FOLDER", help="where output folders of runs on COCO are"
+        "--runs", default=".", metavar="FOLDER", help="where the output folders of runs on COCO are"
     )
     toy = parser.add_argument_group("--run")
-    toy.add_argument("--toy", action="store_true", help="on the embedded shapes (needed)")
+    toy.add_argument("--toy", action="store_true", help="on the embedded shapes (required)")
     toy.add_argument("--seeds", nargs="+", type=int, default=[1, 2], metavar="N")
-    toy.add_argument("--size", default="small", help=f"of the model: {', '.join(SIZES)}")
-    toy.add_argument("--iterations", type=int, default=0, help="instead of those of the size")
+    toy.add_argument(
+        "--size", default="small", help=f"size of model and schedule: {', '.join(SIZES)}"
+    )
+    toy.add_argument("--iterations", type=int, default=0, help="in place of those of --size")
     toy.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="config overrides")
     toy.add_argument("--workers", type=int, default=1, help="runs at a time")
     toy.add_argument("--threads", type=int, default=1, help="CPU threads of a run")
     toy.add_argument("--output", default="output/ablation_table", metavar="FOLDER")
-    toy.add_argument("--report", metavar="FILE", help="Markdown report with a picture beside it")
+    toy.add_argument("--report", metavar="FILE", help="Markdown report to write, with a picture")
     return parser.parse_args(argv)
 
 
 def list_rows(rows: List[Row], runs: Path) -> int:
-    """Print what each row is, and what is known about its AP."""
+    """Print rows, their differences from their parents, published and own AP."""
     lines = []
     for row in rows:
         cfg = load_row(row)
@@ -61,13 +75,13 @@ def list_rows(rows: List[Row], runs: Path) -> int:
                 row.table,
                 row.title,
                 f"configs/{row.name}.py",
-                _difference_text(row, cfg),
+                describe_changes(row, load_origin(row), cfg),
                 "" if row.ap is None else f"{row.ap:.1f} ({row.source}, {row.split})",
                 "" if ap is None else f"{ap:.1f}",
             ]
         )
-    header = ["table", "row", "config", "difference from its parent", "published AP", "our AP"]
-    print(markdown(header, lines))
+    header = ["table", "row", "config", "differences from its parent", "published AP", "our AP"]
+    print(markdown_table(header, lines))
     return 0
 
 
@@ -75,7 +89,7 @@ def check_rows(rows: List[Row]) -> int:
     """Build each row at full size without memory for its weights, and print its parts.
 
     Returns:
-        1 if a row differs from its parent in another way than its file says.
+        1 if a row differs from its parent in another way than it declares.
     """
     lines, found = [], []
     for row in rows:
@@ -97,10 +111,9 @@ def check_rows(rows: List[Row]) -> int:
                 f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M",
             ]
         )
-        if row.parent:
-            found += faults(row, difference(load_parent(row), cfg))
+        found += faults(row, load_origin(row), cfg)
     header = ["row", "assigner", "box transform", "head, box loss", "anchors", "parameters"]
-    print(markdown(header, lines))
+    print(markdown_table(header, lines))
     print(f"\n{len(lines)} rows built; {len(found)} faults.")
     for fault in found:
         print(f"  {fault}")
@@ -108,7 +121,7 @@ def check_rows(rows: List[Row]) -> int:
 
 
 def describe(part: Any) -> str:
-    """Class and those arguments that are not at their defaults; a first one like k always."""
+    """Class with the arguments that are not at their defaults, and always the first, such as k."""
     arguments = []
     for i, parameter in enumerate(inspect.signature(type(part)).parameters.values()):
         value = getattr(part, parameter.name, parameter.default)
@@ -135,24 +148,20 @@ def describe_head(core: Any) -> str:
 
 
 def train_rows(rows: List[Row], args: argparse.Namespace) -> int:
-    """Train rows on the embedded shapes, print the table, write picture and report."""
+    """Train rows on the embedded shapes, print the results, write picture and report."""
     if not args.toy:
         raise ValueError(
-            "--run trains on the embedded shapes and wants --toy with it. On COCO use "
+            "--run trains on the embedded shapes and needs --toy with it. On COCO use "
             f"tools/lazyconfig_train_net.py --config-file configs/{rows[0].name}.py"
         )
     settings = Settings(args.size, args.iterations, tuple(args.set), args.threads)
     output = Path(args.output)
-
-    def say(line: str) -> None:
-        print(line, flush=True)
-
+    say = functools.partial(print, flush=True)
     results = run_rows(rows, settings, args.seeds, output, args.workers, say)
     print(f"\n{results_table(rows, results)}\n")
-    header = ["rows of a table, second minus first", "the paper", "here, by seed", "verdict"]
     pairs = orderings(rows, results)
     if pairs:
-        print(markdown(header, pairs))
+        print(orderings_table(pairs))
     plot(rows, results, output / "ablation.png")
     print(f"\nPicture: {output / 'ablation.png'}")
     if args.report:
@@ -160,10 +169,6 @@ def train_rows(rows: List[Row], args: argparse.Namespace) -> int:
         write_report(rows, results, Path(args.report), command)
         print(f"Report: {args.report}")
     return 0
-
-
-def _difference_text(row: Row, cfg: Any) -> str:
-    return showing(row, difference(load_parent(row), cfg) if row.parent else {})
 
 
 def main(argv: Optional[List[str]] = None) -> int:

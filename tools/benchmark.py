@@ -1,9 +1,9 @@
 #!/usr/bin/env python
-"""Measure ATSS beside Detectron2's RetinaNet and FCOS, in one process and in turn.
+"""Time ATSS compared with Detectron2's RetinaNet and FCOS, in one process and in turn.
 
 Parts that are not convolution: assign, loss, post, deform_conv. Whole models: train, inference, and
 the steps of preparing one for inference. Prints tables; writes benchmark.json and
-benchmark.png. FCOS needs a Detectron2 younger than 0.6.
+benchmark.png. FCOS needs the main branch of Detectron2.
 
     python tools/benchmark.py assign loss post --threads 1
     python tools/benchmark.py train inference steps --threads 2 --repeats 5
@@ -12,27 +12,29 @@ benchmark.png. FCOS needs a Detectron2 younger than 0.6.
 """
 
 import argparse
+import json
 import os
 import sys
 import time
 from pathlib import Path
 from typing import Any, Dict, List, Tuple
 
-# The profiler that counts memory would write its own log to the terminal.
+# Without this, the profiler that counts memory writes its own log to the terminal.
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 
 import torch
-from benchmark_models import MODELS, share_outside_convolution
-from benchmark_parts import PARTS
-from benchmark_peers import has_fcos
-from benchmark_report import blocks, environment, plot, row, tables, update_page, write_json
-from benchmark_scope import Scope
-from benchmark_timing import race
+from _benchmark.cases import Options
+from _benchmark.parts import PARTS
+from _benchmark.report import blocks, plot, row, tables, update_page
+from _benchmark.timing import race, share_outside_convolution
+from _benchmark.whole_models import MODELS
+from _environment import environment
+from _reference_models import NO_FCOS, has_fcos
 
 from detectron2.utils.events import EventStorage
 
 _CLOCKS = {"wall": time.perf_counter, "process": time.process_time}
-_CASES = {**PARTS, **MODELS}
+CASES = {**PARTS, **MODELS}
 
 
 def image_size(text: str) -> Tuple[int, int]:
@@ -52,16 +54,16 @@ def make_parser() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "parts", nargs="*", metavar="PART", help=f"of {', '.join(_CASES)}; all by default"
+        "parts", nargs="*", metavar="PART", help=f"of {', '.join(CASES)}; all by default"
     )
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
-    parser.add_argument("--threads", type=int, help="of torch on the CPU")
+    parser.add_argument("--threads", type=int, help="number of CPU threads")
     parser.add_argument("--repeats", type=int, default=15, help="measurements of each contestant")
     parser.add_argument(
         "--clock",
         choices=list(_CLOCKS),
         default="wall",
-        help="process: processor time of this process, for a busy machine; with --threads 1",
+        help="process: processor time of this process, for a busy machine; needs --threads 1",
     )
     parser.add_argument("--image-size", type=image_size, default=(800, 1344), metavar="HxW")
     parser.add_argument("--objects", type=int, nargs="+", default=[1, 7, 20, 50, 100, 300, 1000])
@@ -70,21 +72,21 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--model-batch-sizes", type=int, nargs="+", default=[1], help="of whole models"
     )
-    parser.add_argument("--compile", action="store_true", help="also whole models compiled")
+    parser.add_argument("--compile", action="store_true", help="also measure whole models compiled")
     parser.add_argument("--num-classes", type=int, default=80)
     parser.add_argument("--no-growth", action="store_true", help="skip other sizes and classes")
-    parser.add_argument("--no-memory", action="store_true", help="do not measure memory")
+    parser.add_argument("--no-memory", action="store_true", help="skip memory")
     parser.add_argument("--output", default="output/benchmark", metavar="FOLDER")
     parser.add_argument(
-        "--markdown", metavar="FILE", help="put the tables into the blocks of this page"
+        "--markdown", metavar="FILE", help="write the tables into their blocks of this page"
     )
     return parser
 
 
 def measure(args: argparse.Namespace, device: torch.device) -> List[Dict[str, Any]]:
     """Rows of all parts asked for, printed as they come."""
-    growth = {"class_sweep": (), "size_factors": ()} if args.no_growth else {}
-    scope = Scope(
+    growth = {"other_num_classes": (), "size_factors": ()} if args.no_growth else {}
+    options = Options(
         device,
         args.image_size,
         tuple(args.objects),
@@ -96,8 +98,8 @@ def measure(args: argparse.Namespace, device: torch.device) -> List[Dict[str, An
         **growth,
     )
     rows = []
-    for part in args.parts or _CASES:
-        for case in _CASES[part](scope):
+    for part in args.parts or CASES:
+        for case in CASES[part](options):
             warmup = 1 if part in MODELS else 2
             clock = _CLOCKS[args.clock]
             timings = race(
@@ -116,9 +118,9 @@ def measure(args: argparse.Namespace, device: torch.device) -> List[Dict[str, An
 
 
 def main(args: argparse.Namespace) -> None:
-    unknown = [part for part in args.parts if part not in _CASES]
+    unknown = [part for part in args.parts if part not in CASES]
     if unknown:
-        raise ValueError(f"Unknown part {unknown[0]!r}; known are {list(_CASES)}.")
+        raise ValueError(f"Unknown part {unknown[0]!r}; known are {list(CASES)}.")
     if args.device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"--device {args.device} needs a GPU, and there is none; use cpu.")
     num_threads = args.threads or torch.get_num_threads()
@@ -132,10 +134,10 @@ def main(args: argparse.Namespace) -> None:
     facts = environment(device)
     print(", ".join(f"{key}: {value}" for key, value in facts.items()))
     if not has_fcos():
-        print(f"FCOS is skipped: Detectron2 {facts['detectron2']} has none (main has).")
+        print(f"FCOS is skipped: {NO_FCOS}.")
     torch.manual_seed(0)
     start = time.perf_counter()
-    with EventStorage(0):  # the peers' losses write into it
+    with EventStorage(0):  # Detectron2's losses write into it
         rows = measure(args, device)
     result = {
         "environment": facts,
@@ -143,7 +145,7 @@ def main(args: argparse.Namespace) -> None:
         "seconds": round(time.perf_counter() - start, 1),
         "rows": rows,
     }
-    write_json(output / "benchmark.json", result)
+    (output / "benchmark.json").write_text(json.dumps(result, indent=1))
     plot(output / "benchmark.png", rows)
     printed = tables(rows)
     for part, table in printed.items():
@@ -156,7 +158,7 @@ def main(args: argparse.Namespace) -> None:
 
 
 def _command(args: argparse.Namespace) -> str:
-    """The command that measures this again, without where it writes to."""
+    """The command that measures this again, without its output options."""
     words, default = list(args.parts), make_parser().parse_args([])
     for name, value in vars(args).items():
         if name in ("parts", "output", "markdown") or value == getattr(default, name):

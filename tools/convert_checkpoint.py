@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Convert weights of the authors, of mmdetection or of torchvision; or ours back to theirs."""
+"""Convert weights of the authors, mmdetection or torchvision to ours, or ours to theirs."""
 
 import argparse
 import os
@@ -28,31 +28,33 @@ _OVERRIDES = "atss_overrides"
 def parse_arguments(argv: Optional[List[str]] = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("input", metavar="IN", help="checkpoint file (.pth)")
-    parser.add_argument("output", metavar="OUT", help="file to write, complete or not at all")
+    parser.add_argument("output", metavar="OUT", help="file to write; never left incomplete")
     parser.add_argument(
         "--from",
         dest="source",
         default="auto",
         choices=["auto", "author", "mmdet", "torchvision", "atss"],
-        help="whose names IN has; recognised by default",
+        help="source of IN; recognised by default",
     )
     parser.add_argument(
-        "--to", default="atss", choices=["atss", "author", "mmdet"], help="whose names OUT gets"
+        "--to", default="atss", choices=["atss", "author", "mmdet"], help="format of OUT"
     )
     parser.add_argument(
         "--config", help="LazyConfig, by name or file, of the model that OUT must fit"
     )
     parser.add_argument(
-        "--num-classes", type=int, help="give OUT a new class predictor for as many classes"
+        "--num-classes",
+        type=int,
+        help="replace the class predictor in OUT, for as many classes",
     )
     return parser.parse_args(argv)
 
 
 def convert(args: argparse.Namespace) -> None:
-    """Do what the arguments say.
+    """Convert as the arguments say.
 
     Raises:
-        OSError, ValueError: where that cannot be done, before OUT is touched.
+        OSError, ValueError: where that is impossible; OUT is then left as it was.
     """
     folder = os.path.dirname(os.path.abspath(args.output))
     if not os.path.isdir(folder):
@@ -63,17 +65,17 @@ def convert(args: argparse.Namespace) -> None:
     weights = converted.state_dict
     print(f"{args.input}: {source} -> {args.to}, {len(weights)} names mapped")
     show("dropped", [f"{name}: {reason}" for name, reason in converted.dropped.items()])
-    # Weights that were converted before keep their geometry.
+    # Weights that were converted earlier keep their overrides.
     overrides = converted.overrides or dict(content.get(_OVERRIDES, {}))
 
     if args.num_classes is not None:
         if args.to != "atss":
-            raise ValueError("--num-classes goes with --to atss; convert in two steps.")
+            raise ValueError("--num-classes needs --to atss; convert in two steps.")
         weights, renewed = rehead(weights, args.num_classes)
         show("re-initialised", renewed)
     if args.config:
         if args.to != "atss":
-            raise ValueError("--config describes a model of ours; it goes with --to atss.")
+            raise ValueError("--config describes a model of ours; it needs --to atss.")
         compare(weights, model_shapes(args.config, args.num_classes), args.config, source)
 
     if args.to == "atss":
@@ -82,8 +84,8 @@ def convert(args: argparse.Namespace) -> None:
         result = {"model" if args.to == "author" else "state_dict": weights}
     write_checkpoint(result, args.output)
     if overrides and args.to == "atss":
-        print("These config entries belong to the weights. ATSSCheckpointer, which the tools use,")
-        print("applies them while loading; elsewhere set them:")
+        print("These weights need the following config entries. ATSSCheckpointer, which the tools")
+        print("use, sets them while loading; elsewhere set them yourself:")
         for (key, value), yacs_key in zip(overrides.items(), yacs_overrides(overrides)):
             print(f"  {key}={value}   ({yacs_key})")
     print(f"written: {args.output}")
@@ -101,7 +103,7 @@ def compare(weights: Dict, model: Dict[str, tuple], config: str, source: str) ->
     """Print what does not fit.
 
     Raises:
-        CheckpointError: if something does not; missing heads of bare backbones are fine.
+        CheckpointError: if something does not; backbones may lack the head.
     """
     missing = sorted(set(model) - set(weights))
     extra = sorted(set(weights) - set(model))
@@ -119,8 +121,8 @@ def compare(weights: Dict, model: Dict[str, tuple], config: str, source: str) ->
         found, needed = len(weights[bias]), model.get(bias, (None,))[0]
         if found != needed:
             raise CheckpointError(
-                f"The weights know {num_classes_of(weights)} classes, the model of {config} has "
-                f"another number; give --num-classes to renew the class predictor."
+                f"The weights have {num_classes_of(weights)} classes, the model of {config} has "
+                "another number; give --num-classes to replace the class predictor."
             )
     needed_missing = [n for n in missing if has_head or "bottom_up" in n]
     if needed_missing or extra or conflicts:

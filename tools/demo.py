@@ -2,7 +2,7 @@
 """Train ATSS on the embedded shapes and show what it learned, in minutes on two CPU cores.
 
     python tools/demo.py                     # output/demo: checkpoint, metrics.json, pictures
-    python tools/demo.py --quick             # the same in about a minute, to see that it works
+    python tools/demo.py --quick             # the same in about a minute, as a short test
     python tools/demo.py model.assigner.topk=15 --output output/k15
 
 Every key=value overrides the config.
@@ -75,7 +75,7 @@ def main(args: argparse.Namespace) -> None:
         "  model_final.pth  the checkpoint\n\n"
         "Try next:\n"
         "  another k:          python tools/demo.py model.assigner.topk=3 --output output/k3\n"
-        "  your own images:    python tools/lazyconfig_train_net.py --config-file "
+        "  your images:        python tools/lazyconfig_train_net.py --config-file "
         "configs/toy/atss_toy.py \\\n"
         "                          --train-json train.json --train-images train/ "
         "--val-json val.json --val-images val/"
@@ -83,7 +83,7 @@ def main(args: argparse.Namespace) -> None:
 
 
 def _clear(output: Path) -> None:
-    """Detectron2 appends to metrics.json, which would join two runs into one curve."""
+    """Remove the metrics of an earlier run: Detectron2 would append to them."""
     output.mkdir(parents=True, exist_ok=True)
     for name in ("metrics.json", "last_checkpoint"):
         if (output / name).exists():

@@ -1,11 +1,12 @@
 #!/usr/bin/env python3
-"""Export a trained detector, compare the file with the model, and describe it in model.json.
+"""Export a trained detector, compare the file with the model, describe it in model.json.
 
     python tools/export_model.py --config-file configs/toy/atss_toy.py \\
         --weights output/demo/model_final.pth --format onnx --output output/atss.onnx
     python tools/export_model.py --zoo atss_R_50_FPN_1x --format torchscript --output r50.pt
 
-How to use the files: docs/deploy.md. Exits with 1 if the file does not say what the model says.
+docs/deploy.md shows how to use the files. Exits with 1 if the file's detections differ from the
+model's.
 """
 
 import argparse
@@ -39,7 +40,7 @@ from detectron2.modeling import build_model
 
 SUFFIXES = {"torchscript": ".pt", "export": ".pt2", "onnx": ".onnx"}
 
-# What a user can cause and mend: a sentence is enough. Anything else is a bug and shows its trace.
+# Errors that a user can cause and fix: the message is enough. Others show their trace.
 USER_ERRORS = (
     ImportError,
     MissingOperatorError,
@@ -58,10 +59,12 @@ def parse_arguments(argv: Optional[List[str]] = None) -> argparse.Namespace:
     source.add_argument("--config-file", metavar="FILE", help="LazyConfig (.py) or YAML config")
     source.add_argument("--zoo", metavar="NAME", help="config by name, such as atss_R_50_FPN_1x")
     parser.add_argument(
-        "--weights", metavar="FILE", help="checkpoint or URL; with --zoo, the published ones if any"
+        "--weights",
+        metavar="FILE",
+        help="checkpoint or URL; default with --zoo: the published one",
     )
     parser.add_argument(
-        "--random-weights", action="store_true", help="no weights, to try whether a model exports"
+        "--random-weights", action="store_true", help="to try whether a model can be exported"
     )
     parser.add_argument("--format", required=True, choices=sorted(SUFFIXES))
     parser.add_argument(
@@ -79,11 +82,13 @@ def parse_arguments(argv: Optional[List[str]] = None) -> argparse.Namespace:
         nargs=2,
         default=(256, 320),
         metavar=("HEIGHT", "WIDTH"),
-        help="of the example image; the file takes any other, except with --raw-heads",
+        help="of the example image; the file takes any size, except with --raw-heads",
     )
-    parser.add_argument("--opset", type=int, default=DEFAULT_OPSET, help="of ONNX operators")
     parser.add_argument(
-        "--class-names", metavar="A,B,...", help="for model.json, where the data set is not known"
+        "--opset", type=int, default=DEFAULT_OPSET, help="version of ONNX operators"
+    )
+    parser.add_argument(
+        "--class-names", metavar="A,B,...", help="for model.json, if the data set is not known"
     )
     parser.add_argument(
         "--check-image", metavar="FILE", help="image to compare on; synthetic ones by default"
@@ -97,10 +102,10 @@ def parse_arguments(argv: Optional[List[str]] = None) -> argparse.Namespace:
 
 
 def export(args: argparse.Namespace) -> bool:
-    """Do what the arguments say; whether the file passed its check.
+    """Export as the arguments say; returns whether the file passed its check.
 
     Raises:
-        USER_ERRORS: where that cannot be done. The output is then left as it was.
+        USER_ERRORS: where that is impossible; the output is then left as it was.
     """
     check_arguments(args)
     image = None if args.check_image is None else read_image(args.check_image)
@@ -132,14 +137,17 @@ def export(args: argparse.Namespace) -> bool:
         rows = compare_with_eager(model, run, sizes, args.batch_size, args.raw_heads, image)
         print(format_table(rows))
         if not all(row.passed for row in rows):
-            print("The file does not say what the model says; it was not kept.")
+            print("The file differs from the model and was not kept.")
             return False
         os.replace(partial, output)
     finally:
         if partial.exists():
             partial.unlink()
     if not any(row.num_eager for row in rows):
-        print("No image had a detection, which shows little: give one with --check-image.")
+        print(
+            "No detections on any test image, so the comparison proves little. Pass a real picture "
+            "with --check-image."
+        )
     description_file = write_metadata(description, output)
     print(f"{output}: {output.stat().st_size / 2**20:.1f} MiB in {seconds:.0f} s")
     print(f"{description_file}: input, outputs, classes and versions")
@@ -147,7 +155,7 @@ def export(args: argparse.Namespace) -> bool:
 
 
 def check_arguments(args: argparse.Namespace) -> None:
-    """Refuse before anything takes time.
+    """Refuse mistakes before anything takes time.
 
     Raises:
         OSError, ValueError: naming the option.
@@ -167,13 +175,13 @@ def check_arguments(args: argparse.Namespace) -> None:
             f"--batch-size and --size must be positive, got {args.batch_size} and {args.size}."
         )
     if args.weights and args.random_weights:
-        raise ValueError("--weights and --random-weights exclude each other.")
+        raise ValueError("--weights and --random-weights are mutually exclusive.")
     if not args.weights and not args.random_weights and not args.zoo:
         raise ValueError("Give the trained --weights, or --random-weights to try the export.")
 
 
 def build(args: argparse.Namespace) -> Tuple[object, nn.Module]:
-    """The config, and its model on the CPU with weights, ready to detect."""
+    """The config and its model, with weights, on the CPU, in evaluation mode."""
     file = config_file(args.zoo) if args.zoo else args.config_file
     weights = args.weights
     if weights is None and not args.random_weights:
@@ -223,7 +231,7 @@ def read_image(file: str) -> torch.Tensor:
 
 def main(argv: Optional[List[str]] = None) -> int:
     args = parse_arguments(argv)
-    # PyTorch announces the end of TorchScript at every step of it.
+    # PyTorch warns of TorchScript's deprecation at every step.
     warnings.filterwarnings("ignore", "`torch.jit", FutureWarning)
     try:
         return 0 if export(args) else 1

@@ -1,13 +1,13 @@
 #!/usr/bin/env python3
-"""Get Detectron2 into the Python that runs this, from the best source within reach.
+"""Install Detectron2 into the Python that runs this, from the best available source.
 
     python tools/install_detectron2.py                    # first of: installed, official, sdist
-    python tools/install_detectron2.py --source sdist     # insist on one, installed or not
+    python tools/install_detectron2.py --source sdist     # this source, even if one is installed
 
 Sources: "official" is github.com/facebookresearch/detectron2 at a pinned commit, which needs git
-and a C++ compiler; "sdist" is the Python part of release 0.5 from the package index, mended for
-today's PyTorch, NumPy and Pillow (`detectron2_mends.py`), without compiled operators, which ATSS
-does not need. Both need PyTorch. pip downloads, so its index, mirror and proxy count here too.
+and a C++ compiler; "sdist" is the Python part of release 0.5 from the package index, patched to
+work with current PyTorch, NumPy and Pillow, without compiled operators, which ATSS does not need.
+Both need PyTorch. pip downloads, with its settings of index, mirror and proxy.
 """
 
 import argparse
@@ -21,7 +21,7 @@ import tempfile
 from pathlib import Path
 from typing import Optional
 
-from detectron2_mends import ADDED_FILES, MENDS, MendError, apply_mends
+from _install.patches import ADDED_FILES, PATCHES, PatchError, apply_patches
 
 REPOSITORY = "https://github.com/facebookresearch/detectron2"
 COMMIT = "02b5c4e295e990042a714712c21dc79b731e8833"  # main, June 2026
@@ -32,8 +32,8 @@ SDIST = "detectron2-cdo==0.5"
 SDIST_SHA256 = "53c9e79e9cc943e80419c588ea44b5479507a8628ed14a4e06bd093e29311b18"
 
 _ABSENT = 3
-# A folder "detectron2" in the current one is a checkout, not an installation: it must not count.
-# Nor must a folder without a version, which `pip uninstall` leaves where files were added.
+# Neither a checkout in the current folder is an installation, nor a folder without a version, which
+# `pip uninstall` leaves where files were added.
 _PROBE = f"""
 import sys
 sys.path[:] = [path for path in sys.path if path]
@@ -49,9 +49,9 @@ import detectron2.engine, detectron2.evaluation, detectron2.modeling
 print(f"version {{detectron2.__version__}} in {{detectron2.__path__[0]}}")
 """
 
-# pip asks an sdist for its metadata before it hands it over. It would run the sdist's setup.py for
-# that, before anybody has checked the hash, and then refuse the answer: an extra of it names a URL.
-# With this in place of setuptools pip has what it asks for, and nothing of the sdist runs.
+# `pip download` runs the setup.py of an sdist for its metadata, before the hash is checked, and
+# then refuses the metadata, because an extra names a URL. This module in place of setuptools gives
+# pip the metadata without running anything of the sdist.
 _STUB_BACKEND = """\
 import os
 
@@ -76,7 +76,7 @@ class InstallError(RuntimeError):
 
 
 def find_installed() -> Optional[str]:
-    """Version and place of the Detectron2 that this Python imports, None if there is none.
+    """Version and folder of the Detectron2 that this Python imports, None if there is none.
 
     Raises:
         InstallError: one is installed, but it does not work with what else is installed.
@@ -88,20 +88,20 @@ def find_installed() -> Optional[str]:
     if result.returncode != 0:
         raise InstallError(
             f"the installed Detectron2 cannot be imported: {_last_line(result.stderr)}. "
-            "Mend that, or run this with --source official or --source sdist to replace Detectron2"
+            "Fix that, or replace Detectron2 with --source official or --source sdist"
         )
     return _last_line(result.stdout)
 
 
 def official_obstacle() -> Optional[str]:
-    """What keeps the official repository from being built here, None if nothing does."""
+    """Why the official repository cannot be built here, None if it can."""
     if shutil.which("git") is None:
         return "git is missing"
     compiler = os.environ.get("CXX", "").split() or ["c++"]
     if not any(shutil.which(name) for name in (compiler[0], "g++", "clang++", "cl")):
         return "no C++ compiler was found"
     try:
-        # git, not urllib: pip will fetch with git, and the two may have different proxies.
+        # With git, as pip does later: urllib may have another proxy.
         result = subprocess.run(
             ["git", "ls-remote", REPOSITORY, "HEAD"],
             capture_output=True,
@@ -118,7 +118,7 @@ def official_obstacle() -> Optional[str]:
 
 
 def install_official() -> str:
-    """Build the pinned commit of the official repository; returns what was taken."""
+    """Build the pinned commit of the official repository; returns what was installed."""
     source = f"git+{REPOSITORY}@{COMMIT}"
     if _pip("install", "--no-build-isolation", source).returncode != 0:
         raise InstallError(f"pip could not build {source}, see above")
@@ -126,18 +126,18 @@ def install_official() -> str:
 
 
 def install_sdist() -> str:
-    """Fetch, check, mend and install the sdist of release 0.5; returns what was taken."""
+    """Download, check, patch and install the sdist of release 0.5; returns what was installed."""
     with tempfile.TemporaryDirectory(prefix="detectron2-") as folder:
         archive = download_sdist(Path(folder))
         check_hash(archive, SDIST_SHA256)
-        root = unpack_mended(archive, Path(folder) / "source")
+        root = unpack_patched(archive, Path(folder) / "source")
         if _pip("install", "--quiet", str(root)).returncode != 0:
-            raise InstallError(f"pip could not install the mended {SDIST}, see above")
-    return f"{SDIST} from the package index, mended, without compiled operators"
+            raise InstallError(f"pip could not install the patched {SDIST}, see above")
+    return f"{SDIST} from the package index, patched, without compiled operators"
 
 
 def download_sdist(folder: Path) -> Path:
-    """Let pip fetch the sdist into `folder`; returns the archive, of which nothing was run."""
+    """Let pip download the sdist into `folder` without running any of it; returns the archive."""
     stub = folder / "stub" / "setuptools"
     stub.mkdir(parents=True)
     (stub / "__init__.py").touch()
@@ -156,51 +156,51 @@ def download_sdist(folder: Path) -> Path:
     archives = list(folder.glob("*.tar.gz"))
     if result.returncode != 0 or len(archives) != 1:
         raise InstallError(
-            f"pip could not fetch {SDIST} from the package index: {_last_line(result.stderr)}. "
+            f"pip could not download {SDIST} from the package index: {_last_line(result.stderr)}. "
             "Check the network and pip's configuration, or install Detectron2 yourself"
         )
     return archives[0]
 
 
 def check_hash(archive: Path, sha256: str) -> None:
-    """Raise `InstallError` unless the file is the one that the mends were written for."""
+    """Raise `InstallError` unless the file is the one that the patches were written for."""
     found = hashlib.sha256(archive.read_bytes()).hexdigest()
     if found != sha256:
         raise InstallError(f"{archive.name} has sha256 {found}, expected {sha256}: not installed")
 
 
-def unpack_mended(archive: Path, folder: Path) -> Path:
-    """Unpack the archive below `folder` and mend it; returns its root, which pip can install."""
+def unpack_patched(archive: Path, folder: Path) -> Path:
+    """Unpack the archive below `folder` and patch it; returns its root, which pip can install."""
     with tarfile.open(archive) as file:
-        # Python before 3.9.17 has no filters; the hash has said already whose file it is.
+        # Python before 3.9.17 has no filters; the hash is already known to be right.
         options = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}
         file.extractall(folder, **options)
     root = folder / archive.name[: -len(".tar.gz")]
     try:
-        apply_mends(root, MENDS)
-    except MendError as error:
-        raise InstallError(f"{SDIST} is not the source that the mends know: {error}") from error
+        apply_patches(root, PATCHES)
+    except PatchError as error:
+        raise InstallError(f"{SDIST} is not what the patches are for: {error}") from error
     for path, text in ADDED_FILES.items():
         (root / path).write_text(text, encoding="utf-8")
     return root
 
 
 def install(source: str = "auto") -> str:
-    """Install from a source, "auto" for the first that can be had; returns what was taken."""
+    """Install from a source, or "auto" for the first available; returns what was done."""
     if source == "auto":
         installed = find_installed()
         if installed:
-            return f"nothing, {installed} is installed"
+            return f"nothing to do, {installed} is installed"
     has_torch = subprocess.run([sys.executable, "-c", "import torch"], capture_output=True)
     if has_torch.returncode != 0:
         raise InstallError(
             f"Detectron2 needs PyTorch, which {sys.executable} cannot import. Install torch and "
             "torchvision first"
         )
-    return f"{_take(source)}: {find_installed() or 'but Python does not find it'}"
+    return f"installed {_install_from(source)}: {find_installed() or 'but Python does not find it'}"
 
 
-def _take(source: str) -> str:
+def _install_from(source: str) -> str:
     if source == "sdist":
         return install_sdist()
     obstacle = official_obstacle()
@@ -233,7 +233,7 @@ def main(arguments=None) -> int:
     )
     parser.add_argument("--source", choices=("auto", "official", "sdist"), default="auto")
     try:
-        print(f"Detectron2: took {install(parser.parse_args(arguments).source)}.")
+        print(f"Detectron2: {install(parser.parse_args(arguments).source)}.")
     except InstallError as error:
         print(f"install_detectron2: {error}.", file=sys.stderr)
         return 1

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Train what a LazyConfig describes with a bare loop, to copy and change.
+"""Train what a LazyConfig describes with a plain loop, to start your own from.
 
 Does what `lazyconfig_train_net.py` does, without trainer and hooks: everything that happens in a
 step is in `do_train`.

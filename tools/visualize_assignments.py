@@ -43,7 +43,7 @@ def parse_arguments(arguments=None) -> argparse.Namespace:
     parser.add_argument("--rules", nargs="+", choices=list(rules(9)), default=list(rules(9)))
     parser.add_argument("--topk", type=int, default=9, help="k of ATSS and top-k")
     parser.add_argument("--levels", type=int, default=4, help="panels to draw, from P3")
-    parser.add_argument("--json", metavar="FILE", help="COCO annotations instead of the toy set")
+    parser.add_argument("--json", metavar="FILE", help="your COCO annotations (default: toy set)")
     parser.add_argument("--images", metavar="FOLDER", help="folder of the images of --json")
     parser.add_argument("--index", type=int, default=None, help="which image of the set, from 0")
     parser.add_argument("--zoom", type=float, default=1.0, help="size of the picture, 0.5 is half")
@@ -54,12 +54,12 @@ def parse_arguments(arguments=None) -> argparse.Namespace:
 def load_record(args: argparse.Namespace):
     """Detectron2 dataset dict of the image to draw."""
     if bool(args.json) != bool(args.images):
-        raise ValueError("--json and --images go together.")
+        raise ValueError("--json and --images need each other.")
     if args.json:
         register_coco_json("to_draw", args.json, args.images)
         name, index = "to_draw", args.index or 0
     else:
-        # Larger than the training images, so that more levels have something to say.
+        # Larger than the training images, so that more levels have positives.
         options = ToyShapesOptions(
             image_size=512, max_size=360, num_train=1, num_val=30, max_objects=6
         )

@@ -1,4 +1,4 @@
-"""The tool that lists, builds and trains rows."""
+"""tools/ablation_table.py: listing, building and training rows."""
 
 import dataclasses
 import json
@@ -7,11 +7,11 @@ import subprocess
 import sys
 
 import ablation_table
-import ablation_toy
 import pytest
-from ablation_report import orderings, plot, results_table, write_report
-from ablation_rows import find_rows, measured_ap, select_rows
-from ablation_toy import AXES, Settings, fingerprint, run_rows, toy_config
+from _ablations import toy_runs
+from _ablations.report import orderings, plot, results_table, write_report
+from _ablations.rows import find_rows, measured_ap, select_rows
+from _ablations.toy_runs import AXES, Settings, fingerprint, run_rows, toy_config
 from atss.model_zoo import config_file
 from atss.training.lazy_config import load_lazy_config
 from conftest import REPO
@@ -99,22 +99,22 @@ def test_check_of_single_rows_from_the_command_line(tmp_path):
 
 def test_check_fails_on_a_row_that_does_not_differ_as_declared(monkeypatch, capsys):
     (row,) = rows_named("topk/k3")
-    monkeypatch.setattr(ablation_table, "load_parent", ablation_table.load_row)
+    monkeypatch.setattr(ablation_table, "load_origin", ablation_table.load_row)
     assert ablation_table.check_rows([row]) == 1
-    assert "is so in ablations/topk/k9 already" in capsys.readouterr().out
+    assert "which is no difference from ablations/topk/k9" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
     "arguments, words",
     [
         (["--list", "topk/k4"], r"no row 'topk/k4'.*topk/k3"),
-        (["--run", "topk/k3"], "wants --toy.*lazyconfig_train_net.py"),
+        (["--run", "topk/k3"], "needs --toy.*lazyconfig_train_net.py"),
         (["--run", "topk/k3", "--toy", "--size", "huge"], "Unknown --size 'huge'.*small"),
         (["--run", "topk/k3", "--toy", "--set", "train.max_iters=3"], "Unknown config key"),
     ],
 )
 def test_what_the_tool_cannot_do_is_said(arguments, words, monkeypatch):
-    monkeypatch.setattr(ablation_toy, "register_toy_shapes", lambda: None)
+    monkeypatch.setattr(toy_runs, "register_toy_shapes", lambda: None)
     with pytest.raises(ValueError, match=words):
         ablation_table.main(arguments)
 
@@ -172,15 +172,15 @@ def test_runs_are_shared_seeded_and_not_repeated(tmp_path, monkeypatch):
         trained.append((cfg.model.assigner.topk, cfg.train.seed, cfg.train.output_dir))
         return {"bbox": {"AP": float("nan") if cfg.train.seed == 2 else 20.0}}
 
-    monkeypatch.setattr(ablation_toy, "train_lazy", train)
-    monkeypatch.setattr(ablation_toy, "register_toy_shapes", lambda: None)
+    monkeypatch.setattr(toy_runs, "train_lazy", train)
+    monkeypatch.setattr(toy_runs, "register_toy_shapes", lambda: None)
     rows, said = rows_named("topk/k3", "topk/k9", "retinanet_a1_atss"), []
     results = run_rows(rows, TINY, [1, 2], tmp_path, say=said.append)
     assert [entry[:2] for entry in trained] == [(3, 1), (9, 1), (3, 2), (9, 2)]
     assert results["ablations/topk/k9"] == results["ablations/sample_selection/retinanet_a1_atss"]
     # A model that finds nothing has AP 0, not NaN.
     assert [run["bbox"]["AP"] for run in results["ablations/topk/k3"]] == [20.0, 0.0]
-    assert "3 rows, 4 different runs, 4 of them to do." in said[0]
+    assert "3 rows, 4 different runs, 4 of them still to train." in said[0]
 
     os.remove(f"{trained[0][2]}/result.json")  # as if it had been interrupted
     again = run_rows(rows, TINY, [1, 2], tmp_path, say=said.append)

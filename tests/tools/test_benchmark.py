@@ -1,27 +1,24 @@
-"""The benchmark runs, writes what it says, and compares things that can be compared."""
+"""tools/benchmark.py: its output, and that the compared work is equal."""
 
 import json
 import os
 import subprocess
 import sys
 
+import benchmark
 import pytest
 import torch
+from _benchmark import parts, report, timing
+from _benchmark.cases import Contestant, Options
+from _benchmark.whole_models import detectors
+from _reference_models import has_fcos
 from conftest import REPO
 from torch import nn
 
 from detectron2.utils.events import EventStorage
 
-benchmark = pytest.importorskip("benchmark")
-timing = pytest.importorskip("benchmark_timing")
-parts = pytest.importorskip("benchmark_parts")
-scope = pytest.importorskip("benchmark_scope")
-models = pytest.importorskip("benchmark_models")
-peers = pytest.importorskip("benchmark_peers")
-report = pytest.importorskip("benchmark_report")
-
 CPU = torch.device("cpu")
-NAMES = ["ATSS", "RetinaNet"] + (["FCOS"] if peers.has_fcos() else [])
+NAMES = ["ATSS", "RetinaNet"] + (["FCOS"] if has_fcos() else [])
 
 
 def run_benchmark(tmp_path, *arguments):
@@ -35,12 +32,12 @@ def run_benchmark(tmp_path, *arguments):
     return output
 
 
-def tiny_scope(**changes):
+def tiny_options(**changes):
     options = dict(
-        image_size=(96, 128), objects=(1, 3), batch_sizes=(2,), num_classes=5, class_sweep=(),
+        image_size=(96, 128), objects=(1, 3), batch_sizes=(2,), num_classes=5, other_num_classes=(),
         size_factors=(), model="toy/atss_toy",
     )  # fmt: skip
-    return scope.Scope(CPU, **{**options, **changes})
+    return Options(CPU, **{**options, **changes})
 
 
 @pytest.fixture(autouse=True)
@@ -61,7 +58,7 @@ def test_tool_writes_tables_json_plot_and_page(tmp_path):
         "--num-classes", 3, "--repeats", 1, "--model", "toy/atss_toy", "--threads", 1,
         "--output", "out", "--markdown", page,
     )  # fmt: skip
-    assert ("FCOS is skipped" in text) == (not peers.has_fcos())
+    assert ("FCOS is skipped" in text) == (not has_fcos())
 
     result = json.loads((tmp_path / "out/benchmark.json").read_text())
     assert {row["part"] for row in result["rows"]} == set(names)
@@ -111,7 +108,7 @@ def test_size_that_is_none_is_refused(capsys):
 def test_page_of_the_docs_has_a_block_for_every_part_and_device(tmp_path):
     page = tmp_path / "performance.md"
     page.write_text((REPO / "docs/performance.md").read_text())
-    names = [part + device for part in benchmark._CASES for device in ("", " cuda")]
+    names = [part + device for part in benchmark.CASES for device in ("", " cuda")]
     report.update_page(page, {name: f"<{name}>" for name in names})
     assert all(f"<{name}>" in page.read_text() for name in names)
 
@@ -124,7 +121,7 @@ def test_page_without_the_block_is_refused(tmp_path):
 
 
 def test_assignment_covers_the_same_anchors_and_objects():
-    for case in parts.assign_cases(tiny_scope()):
+    for case in parts.assign_cases(tiny_options()):
         counts = set()
         for contestant in case.contestants:
             result = contestant.call(None)
@@ -134,8 +131,8 @@ def test_assignment_covers_the_same_anchors_and_objects():
         assert len(counts) == 1, counts
 
 
-def test_losses_are_as_many_as_the_peers_and_reach_every_prediction():
-    (case,) = parts.loss_cases(tiny_scope())
+def test_losses_are_as_many_as_detectron2s_and_reach_every_prediction():
+    (case,) = parts.loss_cases(tiny_options())
     losses = {contestant.name: contestant.call(None) for contestant in case.contestants}
     assert list(losses) == NAMES
     expected = {"ATSS": 3, "RetinaNet": 2, "FCOS": 3}  # RetinaNet has no centerness
@@ -146,9 +143,9 @@ def test_losses_are_as_many_as_the_peers_and_reach_every_prediction():
     assert case.unit_bytes == 4 * logits
 
 
-@pytest.mark.skipif(not peers.has_fcos(), reason="this Detectron2 has no FCOS")
+@pytest.mark.skipif(not has_fcos(), reason="this Detectron2 has no FCOS")
 def test_post_processing_of_both_finds_the_same_detections():
-    cases = list(parts.post_cases(tiny_scope(image_size=(256, 320), num_classes=20)))
+    cases = list(parts.post_cases(tiny_options(image_size=(256, 320), num_classes=20)))
     for case in cases:
         results = {c.name: c.call(c.prepare()) for c in case.contestants}
         for ours, theirs in zip(results["ATSS"], results["FCOS"]):
@@ -160,8 +157,8 @@ def test_post_processing_of_both_finds_the_same_detections():
 
 
 def test_whole_models_have_equal_backbones_and_classes():
-    built = models._detectors(tiny_scope())
-    assert list(built) == ["ATSS"] + (["FCOS"] if peers.has_fcos() else []) + ["RetinaNet"]
+    built = detectors(tiny_options())
+    assert list(built) == ["ATSS"] + (["FCOS"] if has_fcos() else []) + ["RetinaNet"]
     shapes = {
         name: [tuple(p.shape) for p in model.backbone.parameters()] for name, model in built.items()
     }
@@ -172,9 +169,9 @@ def test_whole_models_have_equal_backbones_and_classes():
 
 def test_memory_counts_temporaries_and_not_what_was_there_before():
     x = torch.zeros(1024, 256)  # 1 MiB
-    one = timing.Contestant("one", lambda _: x + 1)
-    two = timing.Contestant("two", lambda _: (x + 1).mul(2).sum())  # two live at once
-    again = timing.Contestant("again", lambda y: y.add_(1), prepare=lambda: x.clone())
+    one = Contestant("one", lambda _: x + 1)
+    two = Contestant("two", lambda _: (x + 1).mul(2).sum())  # two live at once
+    again = Contestant("again", lambda y: y.add_(1), prepare=lambda: x.clone())
     peaks = [timing.peak_extra_bytes(contestant, CPU) / 2**20 for contestant in (one, two, again)]
     assert peaks == pytest.approx([1, 2, 0], abs=0.01)
 
@@ -183,7 +180,7 @@ def test_contestants_take_turns_with_inputs_of_their_own():
     order, seen = [], []
 
     def contestant(name):
-        return timing.Contestant(name, lambda value: (order.append(name), seen.append(id(value))),
+        return Contestant(name, lambda value: (order.append(name), seen.append(id(value))),
                                  prepare=lambda: [name])  # fmt: skip
 
     result = timing.race([contestant("a"), contestant("b")], CPU, repeats=2, warmup=1, memory=False)
@@ -195,7 +192,7 @@ def test_contestants_take_turns_with_inputs_of_their_own():
 def test_share_outside_convolution_is_that_of_the_other_work():
     conv = nn.Conv2d(64, 64, 3, padding=1)
     x = torch.rand(1, 64, 64, 64)
-    only = timing.Contestant("only", lambda _: conv(x))
-    none = timing.Contestant("none", lambda _: x.sort())
-    assert models.share_outside_convolution(only, CPU) < 0.5
-    assert models.share_outside_convolution(none, CPU) == 1
+    only = Contestant("only", lambda _: conv(x))
+    none = Contestant("none", lambda _: x.sort())
+    assert timing.share_outside_convolution(only, CPU) < 0.5
+    assert timing.share_outside_convolution(none, CPU) == 1

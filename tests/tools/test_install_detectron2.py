@@ -1,4 +1,4 @@
-"""The installer of Detectron2: every mend, every source, and what it says when there is none.
+"""The installer of Detectron2: every patch, every source, and its message when none is available.
 
 No test needs the network: pip sees empty or faked package indexes, git and compilers are scripts.
 """
@@ -10,10 +10,9 @@ import tarfile
 import venv
 from pathlib import Path
 
-import detectron2_mends
 import install_detectron2
 import pytest
-from detectron2_mends import ADDED_FILES, MENDS, Mend, MendError, apply_mends
+from _install.patches import ADDED_FILES, PATCHES, Patch, PatchError, apply_patches
 from install_detectron2 import InstallError, check_hash, find_installed, install, official_obstacle
 
 SCRIPT = Path(install_detectron2.__file__)
@@ -25,7 +24,7 @@ except ImportError:
     from detectron2.layers.missing_operators import _C
 """
 
-# What the mends replace, as it stands in release 0.5, and what must stand there afterwards.
+# What the patches replace in release 0.5, and the result.
 BEFORE_AND_AFTER = {
     "data/transforms/transform.py": (
         "def f(interp=Image.LINEAR, near=Image.NEAREST): ...\n",
@@ -75,7 +74,7 @@ BEFORE_AND_AFTER = {
 
 @pytest.fixture
 def release(tmp_path):
-    """A tree with the places of release 0.5 that need a mend, and nothing else."""
+    """A tree with the places of release 0.5 that need a patch, and nothing else."""
     root = tmp_path / "detectron2_cdo-0.5"
     for path, (before, _) in BEFORE_AND_AFTER.items():
         file = root / "detectron2" / path
@@ -111,36 +110,36 @@ def only_index(monkeypatch, folder):
     monkeypatch.setenv("PIP_FIND_LINKS", str(folder))
 
 
-def test_every_mend_is_tested():
-    assert {mend.path for mend in MENDS} == {f"detectron2/{path}" for path in BEFORE_AND_AFTER}
+def test_every_patch_is_tested():
+    assert {patch.path for patch in PATCHES} == {f"detectron2/{path}" for path in BEFORE_AND_AFTER}
 
 
 @pytest.mark.parametrize("path", BEFORE_AND_AFTER)
-def test_mend_changes_its_places_only(release, path):
-    apply_mends(release, [mend for mend in MENDS if mend.path == f"detectron2/{path}"])
+def test_patch_changes_its_places_only(release, path):
+    apply_patches(release, [patch for patch in PATCHES if patch.path == f"detectron2/{path}"])
 
     for other, (before, after) in BEFORE_AND_AFTER.items():
         assert (release / "detectron2" / other).read_text() == (after if other == path else before)
 
 
-@pytest.mark.parametrize("mend", MENDS, ids=lambda mend: f"{mend.path}-{mend.why}")
-def test_mend_without_its_place_is_an_error(release, mend):
-    (release / mend.path).write_text("import os\n")
-    with pytest.raises(MendError, match=rf"{mend.path}: 0 places .* expected {mend.count}"):
-        mend.apply(release)
-    assert (release / mend.path).read_text() == "import os\n"
+@pytest.mark.parametrize("patch", PATCHES, ids=lambda patch: f"{patch.path}-{patch.why}")
+def test_patch_without_its_place_is_an_error(release, patch):
+    (release / patch.path).write_text("import os\n")
+    with pytest.raises(PatchError, match=rf"{patch.path}: 0 places .* expected {patch.count}"):
+        patch.apply(release)
+    assert (release / patch.path).read_text() == "import os\n"
 
 
-def test_mend_with_more_places_than_declared_is_an_error(release):
+def test_patch_with_more_places_than_declared_is_an_error(release):
     file = release / "detectron2/data/build.py"
     file.write_text(file.read_text() + "e = np.int(1)\n")
-    with pytest.raises(MendError, match="build.py: 3 places .* expected 2"):
-        apply_mends(release, MENDS)
+    with pytest.raises(PatchError, match="build.py: 3 places .* expected 2"):
+        apply_patches(release, PATCHES)
 
 
-def test_mend_of_a_missing_file_names_it(tmp_path):
-    with pytest.raises(MendError, match="a/b.py: no such file"):
-        Mend("a/b.py", "x", "y", 1, "why").apply(tmp_path)
+def test_patch_of_a_missing_file_names_it(tmp_path):
+    with pytest.raises(PatchError, match="a/b.py: no such file"):
+        Patch("a/b.py", "x", "y", 1, "why").apply(tmp_path)
 
 
 def test_missing_operators_say_what_is_missing():
@@ -150,18 +149,18 @@ def test_missing_operators_say_what_is_missing():
         namespace["_C"].nms_rotated()
 
 
-def test_unpacked_release_is_mended_and_installs_as_detectron2(release, tmp_path):
+def test_unpacked_release_is_patched_and_installs_as_detectron2(release, tmp_path):
     archive = tmp_path / "detectron2_cdo-0.5.tar.gz"
     with tarfile.open(archive, "w:gz") as file:
         file.add(release, release.name)
 
-    root = install_detectron2.unpack_mended(archive, tmp_path / "source")
+    root = install_detectron2.unpack_patched(archive, tmp_path / "source")
 
     for path, (_, after) in BEFORE_AND_AFTER.items():
         assert (root / "detectron2" / path).read_text() == after
     command = [sys.executable, "setup.py", "--quiet", "--name", "--version"]
     answer = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True)
-    assert answer.stdout.split() == ["detectron2", "0.5+mended"]
+    assert answer.stdout.split() == ["detectron2", "0.5+patched"]
 
 
 def test_archive_of_something_else_is_refused(tmp_path):
@@ -169,8 +168,8 @@ def test_archive_of_something_else_is_refused(tmp_path):
     archive = tmp_path / "detectron2_cdo-0.5.tar.gz"
     with tarfile.open(archive, "w:gz") as file:
         file.add(tmp_path / "README", "detectron2_cdo-0.5/README")
-    with pytest.raises(InstallError, match="not the source that the mends know: .*transform.py"):
-        install_detectron2.unpack_mended(archive, tmp_path / "source")
+    with pytest.raises(InstallError, match="not what the patches are for: .*build.py"):
+        install_detectron2.unpack_patched(archive, tmp_path / "source")
 
 
 def test_hash_is_checked(tmp_path):
@@ -189,7 +188,7 @@ def test_wrong_file_under_the_right_name_is_not_run_and_not_installed(
     with tarfile.open(tmp_path / "index" / "detectron2_cdo-0.5.tar.gz", "w:gz") as file:
         file.add(release, release.name)
     only_index(monkeypatch, tmp_path / "index")
-    monkeypatch.setattr(install_detectron2, "unpack_mended", lambda *_: pytest.fail("unpacked"))
+    monkeypatch.setattr(install_detectron2, "unpack_patched", lambda *_: pytest.fail("unpacked"))
     # pip got past the setup.py of `release`, which exits, so it was not run.
     with pytest.raises(InstallError, match="detectron2_cdo-0.5.tar.gz has sha256 .* not installed"):
         install_detectron2.install_sdist()
@@ -201,7 +200,7 @@ def test_nothing_within_reach_is_one_clear_line(tmp_path, monkeypatch):
     answer = subprocess.run(command, capture_output=True, text=True)
     assert answer.returncode == 1
     assert answer.stderr.count("\n") == 1
-    assert "could not fetch detectron2-cdo==0.5" in answer.stderr
+    assert "could not download detectron2-cdo==0.5" in answer.stderr
     assert "Traceback" not in answer.stderr
 
 
@@ -228,8 +227,8 @@ def test_second_run_does_nothing(monkeypatch, capsys):
     assert install_detectron2.main([]) == 0
     assert install_detectron2.main([]) == 0
     assert capsys.readouterr().out.splitlines() == [
-        "Detectron2: took the sdist (no route): version 0.5.",
-        "Detectron2: took nothing, version 0.5 is installed.",
+        "Detectron2: installed the sdist (no route): version 0.5.",
+        "Detectron2: nothing to do, version 0.5 is installed.",
     ]
     assert len(installed) == 1
 
@@ -242,7 +241,7 @@ def test_official_build_that_fails_falls_back_to_the_sdist(monkeypatch):
     monkeypatch.setattr(install_detectron2, "official_obstacle", lambda: None)
     monkeypatch.setattr(install_detectron2, "install_official", fail)
     monkeypatch.setattr(install_detectron2, "install_sdist", lambda: "the sdist")
-    assert install("auto").startswith("the sdist (the compiler gave up)")
+    assert install("auto").startswith("installed the sdist (the compiler gave up)")
     with pytest.raises(InstallError, match="cannot be used: the compiler gave up"):
         install("official")
 
@@ -307,4 +306,3 @@ def test_help_tells_the_sources():
         [sys.executable, str(SCRIPT), "--help"], capture_output=True, text=True, check=True
     )
     assert "{auto,official,sdist}" in answer.stdout
-    assert detectron2_mends.__name__ in answer.stdout

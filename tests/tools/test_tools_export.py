@@ -48,12 +48,12 @@ def test_file_that_differs_from_the_model_is_not_kept_and_exits_with_1(tmp_path)
     # Nothing differs by less than -1 pixels.
     before = "import atss.export.check; atss.export.check.BOX_TOLERANCE = -1.0"
     output = tmp_path / "toy.pt"
-    output.write_bytes(b"of yesterday")
+    output.write_bytes(b"earlier")
     process = run_tool(*RANDOM, "--format", "torchscript", "--output", output, before=before)
 
     assert process.returncode == 1, process.stderr
     assert process.stdout.count("FAILED") == 4 and "not kept" in process.stdout
-    assert output.read_bytes() == b"of yesterday" and len(list(tmp_path.iterdir())) == 1
+    assert output.read_bytes() == b"earlier" and len(list(tmp_path.iterdir())) == 1
 
 
 def test_lazy_config_exports_weights_and_raw_heads(tmp_path):
@@ -88,7 +88,7 @@ def test_lazy_config_exports_weights_and_raw_heads(tmp_path):
         ([*RANDOM, "--output", "{folder}/dir.pt"], "cannot be written"),
         ([*RANDOM, "--output", "{folder}/a.pt", "--batch-size", "0"], "must be positive"),
         ([*RANDOM, "--output", "{folder}/a.pt", "--size", "0", "32"], "must be positive"),
-        ([*RANDOM, "--output", "{folder}/a.pt", "--weights", "x"], "exclude each other"),
+        ([*RANDOM, "--output", "{folder}/a.pt", "--weights", "x"], "mutually exclusive"),
         ([*RANDOM, "--output", "{folder}/a.pt", "--check-image", "x.png"], "'x.png' is not an"),
         ([*RANDOM, "--output", "{folder}/a.pt", "--class-names", "a,b"], "has 6 classes"),
         ([*RANDOM, "--output", "{folder}/a.pt", "train.nothing=1"], "Unknown config key"),

@@ -246,4 +246,4 @@ def test_assignments_of_own_images_are_drawn(data, tmp_path):
 
     assert cv2.imread(str(tmp_path / "a.png")).shape[0] > 2 * 64
     text = run_tool("visualize_assignments", ["--json", data[5]], tmp_path, ok=False)
-    assert "--json and --images go together" in text
+    assert "--json and --images need each other" in text

@@ -1,11 +1,25 @@
 """Table 8, row 5: X-101-32x8d-DCN.
 
-The paper's AP on test-dev: 47.7. Parent: ../../coco/atss_dcnv2_X_101_32x8d_FPN_2x.py. AP50 66.6,
-AP75 52.1, APs 29.3, APm 50.8, APl 59.7 in the paper. Trained as its parent, so give the parent's
-weights and --eval-only. COCO's server measures AP from coco_instances_results.json.
+AP50 66.6, AP75 52.1, APs 29.3, APm 50.8, APl 59.7 in the paper. Trained as its parent, so give the
+parent's weights and --eval-only. COCO's server measures AP from coco_instances_results.json.
 """
 
 from ...coco.atss_dcnv2_X_101_32x8d_FPN_2x import dataloader, lr_multiplier, model, optimizer, train
+
+row = dict(
+    table="Table 8",
+    number=5,
+    title="X-101-32x8d-DCN",
+    ap=47.7,
+    source="paper",
+    split="test-dev",
+    parent="coco/atss_dcnv2_X_101_32x8d_FPN_2x",
+    changes=[
+        'dataloader.test.dataset.names: ["coco_2017_val"] -> ["coco_2017_test-dev"]',
+        "dataloader.evaluator.output_dir",
+        "train.eval_period: 5000 -> 0",
+    ],
+)
 
 dataloader.test.dataset.names = ["coco_2017_test-dev"]
 dataloader.evaluator.output_dir = "${train.output_dir}/inference"

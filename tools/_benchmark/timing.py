@@ -1,7 +1,7 @@
-"""How long does a piece of work take beside its peers, and how much memory does it need?
+"""Time and memory of contestants that do the same work.
 
-Peers are timed in turn in one process (A B C, C B A, ...), so that a busy machine slows all of them
-alike. The minimum is the figure to compare: it is what the code needs when nobody disturbs it.
+They are timed in turn in one process (A B C, C B A, ...), so that a busy machine slows all of them
+alike. The minimum is the figure to compare: it is the least disturbed by other processes.
 """
 
 import statistics
@@ -11,27 +11,12 @@ from typing import Any, Callable, Dict, List, Optional, Sequence
 
 import torch
 
-__all__ = ["Contestant", "Timing", "peak_extra_bytes", "race"]
+from .cases import Contestant
 
-# A call shorter than this is repeated inside one measurement: the clock and the caches of the
-# contestant before would show otherwise.
+# Shorter calls are repeated within one measurement, so that neither the clock's resolution nor the
+# caches that the previous contestant left matter.
 _LEAST_SECONDS = 0.004
 _MOST_CALLS = 200
-
-
-@dataclass
-class Contestant:
-    """One way to do a piece of work.
-
-    Attributes:
-        name: column of the table.
-        call: the work; gets what `prepare` returned.
-        prepare: makes the input of one call, outside the clock; needed where `call` changes it.
-    """
-
-    name: str
-    call: Callable[[Any], Any]
-    prepare: Optional[Callable[[], Any]] = None
 
 
 @dataclass
@@ -40,9 +25,9 @@ class Timing:
 
     Attributes:
         minimum, median: seconds a call.
-        peak_bytes: at the peak of a call beyond those before it.
+        peak_bytes: see `peak_extra_bytes`; None if not measured.
         rounds: measurements.
-        outside_convolution: share of the time, in [0, 1]; of whole models.
+        outside_convolution: see `share_outside_convolution`; None if not measured.
     """
 
     minimum: float
@@ -68,8 +53,8 @@ def race(
         repeats: measurements of each.
         warmup: calls of each before that; at least one.
         memory: also measure the peak of allocations, in one more call.
-        clock: `time.process_time` counts this process only, for a busy machine; with one thread on
-            the CPU.
+        clock: seconds; `time.process_time` counts this process only, for a busy machine, and is
+            right with one thread on the CPU.
 
     Returns:
         `Timing` by name, in the given order.
@@ -78,7 +63,7 @@ def race(
     for contestant in contestants:
         for _ in range(max(warmup, 1)):
             seconds = _time(contestant, 1, device, clock)
-        # An input of its own for each call means one call a measurement.
+        # Where each call needs a new input, a measurement is a single call.
         fits = int(_LEAST_SECONDS / max(seconds, 1e-9)) if contestant.prepare is None else 1
         calls[contestant.name] = max(1, min(fits, _MOST_CALLS))
     seconds_of: Dict[str, List[float]] = {contestant.name: [] for contestant in contestants}
@@ -115,11 +100,11 @@ def _synchronize(device: torch.device) -> None:
 
 
 def peak_extra_bytes(contestant: Contestant, device: torch.device) -> int:
-    """Bytes that one call holds at its peak beyond those that were there before.
+    """Bytes that one call holds at its peak beyond those held before it.
 
-    On a GPU the caching allocator tells. On the CPU torch's allocator reports every allocation and
+    On a GPU the caching allocator counts. On the CPU torch's allocator reports every allocation and
     release to the profiler, temporaries inside an operator included; the resident size of the
-    process would show what the C library keeps for later instead.
+    process would also count what the C library keeps for later.
 
     Args:
         contestant: what to call once.
@@ -148,3 +133,26 @@ def peak_extra_bytes(contestant: Contestant, device: torch.device) -> int:
 def _start(event: Any) -> int:
     # torch < 2.4 counts in microseconds.
     return event.start_ns() if hasattr(event, "start_ns") else event.start_us()
+
+
+def share_outside_convolution(contestant: Contestant, device: torch.device) -> float:
+    """Part of a call's time that is not spent in convolutions, forward or backward, in [0, 1]."""
+    kinds = torch.profiler.ProfilerActivity
+    activities = [kinds.CPU] + ([kinds.CUDA] if device.type == "cuda" else [])
+    with torch.profiler.profile(activities=activities) as profile:
+        contestant.call(None)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+    total = convolution = 0.0
+    for event in profile.key_averages():
+        if event.device_type != torch.autograd.DeviceType.CPU:
+            continue  # a kernel, whose time the operator that launched it has too
+        if device.type == "cuda":
+            # torch < 2.4 calls it cuda, not device.
+            seconds = getattr(event, "self_device_time_total", None)
+            seconds = event.self_cuda_time_total if seconds is None else seconds
+        else:
+            seconds = event.self_cpu_time_total
+        total += seconds
+        convolution += seconds if "conv" in event.key.lower() else 0.0
+    return 1 - convolution / total

@@ -1,28 +1,28 @@
-"""What a detector might see and say: made ground truth and made predictions to measure with."""
+"""Synthetic ground truth and predictions to measure with."""
 
 import math
-from typing import List, NamedTuple, Tuple
+from typing import List, NamedTuple, Sequence
 
 import torch
-from benchmark_peers import STRIDES, anchor_generator, empty_features
+from _reference_models import STRIDES
 from torch import Tensor
 
 from detectron2.structures import Boxes, Instances
 
-__all__ = ["MadePredictions", "candidate_predictions", "grid_sizes_of", "random_instances"]
+from .cases import Size
 
-# Candidates of an image above the threshold that post-processing gets, by level: about what a
-# trained model gives on a crowded image. A level keeps 1000.
+# Candidates of an image above the threshold, by level: about as many as a trained model has on a
+# crowded image. Post-processing keeps 1000 of a level.
 _CANDIDATES = (1700, 1600, 1600, 1400, 500)
 
 
-def grid_sizes_of(image_size: Tuple[int, int]) -> List[Tuple[int, int]]:
-    """(Hi, Wi) of the levels."""
+def grid_sizes_of(image_size: Size) -> List[Size]:
+    """(Hi, Wi) of the levels P3 to P7."""
     return [tuple(math.ceil(side / stride) for side in image_size) for stride in STRIDES]
 
 
 def random_instances(
-    count: int, image_size: Tuple[int, int], num_classes: int, device: torch.device, seed: int = 0
+    count: int, image_size: Size, num_classes: int, device: torch.device, seed: int = 0
 ) -> Instances:
     """Ground truth with sides from 10 px to most of the image, small ones as common as large."""
     generator = torch.Generator().manual_seed(1000 * count + seed)
@@ -38,14 +38,14 @@ def random_instances(
     return instances
 
 
-class MadePredictions(NamedTuple):
-    """What a head might say about a batch, in the order of the anchors.
+class SyntheticPredictions(NamedTuple):
+    """Predictions for a batch, in the order of the anchors.
 
     Attributes:
         class_logits: (N, R, K).
         centerness: (N, R, 1) logits.
-        boxes: (N, R, 4) the box each location means; the location lies in it.
-        num_candidates: of an image, on average, after the best 1000 of each level.
+        boxes: (N, R, 4) xyxy in pixels; each holds the center of its anchor.
+        num_candidates: mean number of candidates of an image, at most 1000 of each level.
     """
 
     class_logits: Tensor
@@ -55,20 +55,29 @@ class MadePredictions(NamedTuple):
 
 
 def candidate_predictions(
-    image_size: Tuple[int, int], batch_size: int, num_classes: int, num_objects: int = 20
-) -> MadePredictions:
+    anchors: Sequence[Boxes],
+    image_size: Size,
+    batch_size: int,
+    num_classes: int,
+    num_objects: int = 20,
+) -> SyntheticPredictions:
     """Predictions around a few objects, so that suppression has its usual work.
 
     Class scores are either above 0.08 or below 0.02 and centerness above 0.55. So our rule (class
     score > 0.05) and FCOS's (sqrt of class score times centerness > 0.2) choose the same
     candidates, each at its own threshold.
+
+    Args:
+        anchors: of the levels, one square per location.
+        image_size: (height, width).
+        batch_size: N.
+        num_classes: K.
+        num_objects: of an image.
     """
     generator = torch.Generator().manual_seed(batch_size)
-    features = empty_features(grid_sizes_of(image_size), torch.device("cpu"))
-    levels = anchor_generator()(features)
-    centers = torch.cat([boxes.get_centers() for boxes in levels])  # (R, 2)
-    sizes = [len(boxes) for boxes in levels]
-    reach = torch.cat([boxes.tensor[:, 2:3] - boxes.tensor[:, 0:1] for boxes in levels]) / 2
+    boxes = torch.cat([level.tensor.cpu() for level in anchors])  # (R, 4)
+    centers = (boxes[:, :2] + boxes[:, 2:]) / 2
+    reach = (boxes[:, 2:3] - boxes[:, 0:1]) / 2
 
     def rand(*shape: int) -> Tensor:
         return torch.rand(*shape, generator=generator)
@@ -82,7 +91,7 @@ def candidate_predictions(
         )
         objects, classes = instances.gt_boxes.tensor, instances.gt_classes
         first = 0
-        for size, count in zip(sizes, _CANDIDATES):
+        for size, count in zip(map(len, anchors), _CANDIDATES):
             of = torch.randint(num_objects, (count,), generator=generator)
             low, high = objects[of, :2], objects[of, 2:]
             points = low + rand(count, 2) * (high - low)
@@ -99,10 +108,10 @@ def candidate_predictions(
             total += min(1000, int((scores[image, first : first + size] > 0.05).sum()))
             first += size
     boxes = torch.cat((centers - distances[..., :2], centers + distances[..., 2:]), dim=2)
-    # FCOS clips later than we do; inside the image that makes no difference.
+    # Boxes inside the image make it irrelevant that FCOS clips later than we do.
     height, width = image_size
     boxes = boxes.clamp(min=0).minimum(torch.tensor([width, height] * 2))
     centerness = 0.55 + 0.45 * rand(batch_size, len(centers), 1)
-    return MadePredictions(
+    return SyntheticPredictions(
         scores.logit(), centerness.clamp(max=0.999).logit(), boxes, total / batch_size
     )

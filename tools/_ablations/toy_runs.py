@@ -1,7 +1,7 @@
-"""What does a row do on the embedded shapes, under the same conditions as every other row?
+"""Training rows on the embedded shapes, all under the same conditions.
 
-One rule takes a row there: the parts of the model that the four axes switch are the row's; all the
-rest is `configs/toy/atss_toy.py`. Data, their order and the initial backbone follow from the seed.
+The parts of the model that the four axes switch are the row's; all the rest is
+`configs/toy/atss_toy.py`. Data, their order and the initial backbone follow from the seed.
 """
 
 import contextlib
@@ -18,8 +18,6 @@ from pathlib import Path
 from typing import Any, Callable, Dict, List, Sequence, Tuple
 
 import torch
-from ablation_differences import flatten
-from ablation_rows import Row, find_rows, load_row, select_rows
 from atss.data import register_toy_shapes
 from atss.model_zoo import config_file
 from atss.training.lazy_config import apply_overrides, load_lazy_config, train_lazy
@@ -27,9 +25,10 @@ from omegaconf import DictConfig
 
 from detectron2.utils.env import seed_all_rng
 
-__all__ = ["AXES", "SIZES", "Settings", "fingerprint", "run_rows", "toy_config"]
+from .differences import flatten
+from .rows import Row, find_rows, load_row, select_rows
 
-# Where the method is; backbone, data, optimizer and schedule are not among them.
+# The parts of a model that make up its method; the backbone is not among them.
 AXES = ("assigner", "box2box_transform", "head", "loss", "anchor_generator")
 
 _THIN = [
@@ -46,10 +45,12 @@ SIZES = {
     "toy": [],  # that of `make demo`
 }
 
-
 _TRAIN_KEYS = ("train.max_iter", "train.amp.enabled", "train.amp.precision")
-_WITHOUT_EFFECT = tuple(
-    f"train.{name}" for name in ("output_dir", "eval_period", "log_period", "checkpointer")
+_WITHOUT_EFFECT = (
+    "train.output_dir",
+    "train.eval_period",
+    "train.log_period",
+    "train.checkpointer",
 )
 
 
@@ -59,7 +60,7 @@ class Settings:
 
     Attributes:
         size: "small" (two minutes of one CPU core a run), "toy" (the model and schedule of `make
-            demo`) or "tiny" (to see that it works).
+            demo`) or "tiny" (a short test).
         iterations: of training; 0 for those of the size.
         overrides: key=value for the config, applied last.
         threads: CPU threads of a run.
@@ -99,16 +100,16 @@ def toy_config(row: Row, settings: Settings) -> DictConfig:
 
 
 def fingerprint(cfg: DictConfig) -> str:
-    """Equal for configs that train the same model in the same way, whatever rows they come from."""
+    """Hash that is equal for configs that train the same model in the same way."""
     flat = flatten(cfg, resolve=True, defaults=False)
-    usual = flatten(load_lazy_config(config_file("toy/atss_toy")), resolve=True, defaults=False)
+    toy = flatten(load_lazy_config(config_file("toy/atss_toy")), resolve=True, defaults=False)
 
     def counts(key: str) -> bool:
-        # Of `train`, folders, periods and the like may change, and entries may come and go; others
-        # count where they are not as usual.
+        # Entries of `train` count where they differ from the toy config, so that adding an entry
+        # there does not make finished runs look different; folders and periods never count.
         if not key.startswith("train.") or key in _TRAIN_KEYS:
             return True
-        return not key.startswith(_WITHOUT_EFFECT) and flat[key] != usual.get(key)
+        return not key.startswith(_WITHOUT_EFFECT) and flat[key] != toy.get(key)
 
     flat = {key: value for key, value in flat.items() if counts(key)}
     content = json.dumps(flat, sort_keys=True, default=str)
@@ -123,15 +124,15 @@ def run_rows(
     workers: int = 1,
     say: Callable[[str], None] = print,
 ) -> Dict[str, List[Dict[str, Any]]]:
-    """Train each row with each seed; runs that are there already are not repeated.
+    """Train each row with each seed; runs that exist already are not repeated.
 
-    Rows that come out as the same config share their runs.
+    Rows that give the same config share their runs.
 
     Args:
         rows: what to train.
         settings: the conditions, equal for all.
         seeds: one run for each.
-        output: folder with one folder per run in it; its `result.json` comes last.
+        output: folder with one folder per run, whose `result.json` is written last.
         workers: runs at a time.
         say: takes a line about progress.
 
@@ -139,7 +140,7 @@ def run_rows(
         Name of the row -> results in the order of the seeds: "bbox" with AP, "seconds",
         "cpu_seconds" and others.
     """
-    register_toy_shapes()  # rendered once, before runs ask for it
+    register_toy_shapes()  # rendered once, before parallel runs read it
     marks = {row.name: fingerprint(toy_config(row, settings)) for row in rows}
     first: Dict[str, str] = {}
     for name, mark in marks.items():
@@ -150,7 +151,7 @@ def run_rows(
         for mark, name in first.items()
     ]
     missing = [job for job in jobs if not (job[2] / "result.json").is_file()]
-    say(f"{len(rows)} rows, {len(jobs)} different runs, {len(missing)} of them to do.")
+    say(f"{len(rows)} rows, {len(jobs)} different runs, {len(missing)} of them still to train.")
 
     def finished(folder: Path, number: int) -> None:
         result = _result(folder)
@@ -189,7 +190,7 @@ def _run(name: str, seed: int, folder: Path, settings: Settings) -> None:
     register_toy_shapes()
     (row,) = select_rows(find_rows(), [name])
     cfg = toy_config(row, settings)
-    shutil.rmtree(folder, ignore_errors=True)  # what an interrupted run left
+    shutil.rmtree(folder, ignore_errors=True)  # left by an interrupted run
     folder.mkdir(parents=True)
     cfg.train.output_dir = str(folder)
     cfg.train.seed = seed
@@ -206,9 +207,9 @@ def _run(name: str, seed: int, folder: Path, settings: Settings) -> None:
         "threads": settings.threads,
         "seconds": round(time.perf_counter() - start, 1),
         "cpu_seconds": round(time.process_time() - cpu_start, 1),
-        # COCO's evaluation has no figure for a model that finds nothing at all.
+        # COCO's evaluation gives NaN for a model without detections.
         "bbox": {key: round(_or_zero(value), 3) for key, value in results["bbox"].items()},
     }
     partial = folder / "result.json.partial"
     partial.write_text(json.dumps(content, indent=1))
-    os.replace(partial, folder / "result.json")  # there only if it is whole
+    os.replace(partial, folder / "result.json")  # so that the file is never incomplete

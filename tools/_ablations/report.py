@@ -1,6 +1,5 @@
-"""What do the rows that were trained say, beside what the paper says?"""
+"""Tables, a picture and a Markdown report of trained rows, next to the paper's figures."""
 
-import platform
 import textwrap
 from itertools import combinations
 from pathlib import Path
@@ -8,30 +7,21 @@ from statistics import mean
 from typing import Any, Dict, List, Mapping, Sequence, Tuple
 
 import torch
-from ablation_rows import Row
+from _environment import environment
+from _markdown import markdown_table
 
-__all__ = ["markdown", "orderings", "plot", "results_table", "write_report"]
+from .rows import Row
 
 Results = Mapping[str, Sequence[Dict[str, Any]]]
 _METRICS = ("AP50", "AP75", "APs", "APm", "APl")
 READING = "## Reading"
-# Two rows of the paper that are no further apart count as equal: it has one figure for each.
+# Rows of the paper that differ by no more count as equal: it has a single run of each.
 EQUAL_AP = 0.2
 CLOSE = f"within {EQUAL_AP} in the paper"
 
 
-def markdown(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    """A table that reads as text too."""
-    widths = [max(len(str(line[i])) for line in [header, *lines]) for i in range(len(header))]
-    rule = ["-" * max(3, width) for width in widths]
-    return "\n".join(
-        "| " + " | ".join(str(cell).ljust(width) for cell, width in zip(line, widths)) + " |"
-        for line in [header, rule, *lines]
-    )
-
-
 def results_table(rows: Sequence[Row], results: Results) -> str:
-    """AP of each row: mean, least and greatest over the seeds, and the means of the others."""
+    """AP of each row: mean and range over the seeds; means of the other metrics."""
     lines = []
     for row in rows:
         aps = _aps(results, row)
@@ -49,11 +39,11 @@ def results_table(rows: Sequence[Row], results: Results) -> str:
     seeds = len(results[rows[0].name])
     spread = f"{seeds} seeds" if seeds > 1 else "1 seed"
     header = ["table", "row", "AP in the paper (COCO)", "AP here", spread, *_METRICS]
-    return markdown(header, lines)
+    return markdown_table(header, lines)
 
 
 def orderings(rows: Sequence[Row], results: Results) -> List[Tuple[str, str, str, str]]:
-    """Which row is better, for every two rows of a table: in the paper, here, and the verdict.
+    """Differences in AP of every two rows of a table: in the paper, here, and the verdict.
 
     An ordering "holds" if every seed agrees with the paper, "is reversed" if every seed says the
     opposite, else it is "not clear". Rows that the paper has as equal have no ordering.
@@ -78,6 +68,13 @@ def orderings(rows: Sequence[Row], results: Results) -> List[Tuple[str, str, str
         here = ", ".join(f"{difference:+.1f}" for difference in differences)
         found.append((f"{a.table}: {a.title} -> {b.title}", f"{expected:+.1f}", here, verdict))
     return found
+
+
+def orderings_table(found: Sequence[Tuple[str, str, str, str]]) -> str:
+    """What `orderings` returned, as a table."""
+    return markdown_table(
+        ["rows of a table, second minus first", "the paper", "here, by seed", "verdict"], found
+    )
 
 
 def plot(rows: Sequence[Row], results: Results, path: Path) -> None:
@@ -118,19 +115,21 @@ def plot(rows: Sequence[Row], results: Results, path: Path) -> None:
 
 
 def write_report(rows: Sequence[Row], results: Results, file: Path, command: str) -> None:
-    """Write a Markdown report and its picture; what it has below "## Reading" is kept.
+    """Write a Markdown report with a picture; an existing text below "## Reading" is kept.
 
     Args:
         rows: in the order of the tables.
         results: of `run_rows`.
-        file: the report; the picture lies beside it.
-        command: that makes it again.
+        file: the report; the picture is written next to it.
+        command: what to run to make it again.
     """
     picture = file.with_suffix(".png")
     plot(rows, results, picture)
     runs = list({(r["config"], r["seed"]): r for rs in results.values() for r in rs}.values())
     wall, cpu = sum(r["seconds"] for r in runs), mean(r["cpu_seconds"] for r in runs)
     seeds = sorted({r["seed"] for r in runs})
+    facts = environment(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    machine = f"{facts['machine']}; PyTorch {facts['torch']}, Detectron2 {facts['detectron2']}"
     verdicts = orderings(rows, results)
     counts = [
         f"{sum(v[3] == verdict for v in verdicts)} {words}"
@@ -157,9 +156,9 @@ def write_report(rows: Sequence[Row], results: Results, file: Path, command: str
     how = (
         f"{len(runs)} runs with the seeds {', '.join(str(seed) for seed in seeds)}: {cpu:.0f} s of "
         f"CPU time each on average, {wall / 60:.0f} minutes of wall time summed over the runs, "
-        f"{runs[0].get('threads', 1)} thread(s) a run. Machine: {_machine()}."
+        f"{runs[0].get('threads', 1)} thread(s) a run. Machine: {machine}."
     )
-    reading = "Not written yet.\n"
+    reading = "Not written yet.\n"  # by a person, about the figures
     if file.is_file() and READING in file.read_text():
         reading = file.read_text().split(READING, 1)[1].lstrip("\n")
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -176,7 +175,7 @@ def write_report(rows: Sequence[Row], results: Results, file: Path, command: str
 
 {_fill(pairs)}
 
-{markdown(["rows", "the paper", "here, by seed", "verdict"], verdicts)}
+{orderings_table(verdicts)}
 
 ## How it was made
 
@@ -198,21 +197,3 @@ def _aps(results: Results, row: Row) -> List[float]:
 
 def _fill(text: str) -> str:
     return textwrap.fill(text, 100, break_on_hyphens=False)
-
-
-def _machine() -> str:
-    """Kind of processor and versions, as far as the system tells."""
-    import detectron2
-
-    name, bf16 = platform.machine(), False
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.is_file():
-        lines = cpuinfo.read_text().splitlines()
-        names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-        name = names[0] if names else name
-        bf16 = any("avx512_bf16" in line for line in lines)
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU {name}"
-    return (
-        f"{device}{' (AVX512-BF16)' if bf16 else ''}, "
-        f"PyTorch {torch.__version__.split('+')[0]}, Detectron2 {detectron2.__version__}"
-    )

@@ -1,4 +1,4 @@
-"""Every row of the paper's tables: its one difference, and that it trains and detects."""
+"""Rows of the paper's tables: declared differences, methods, training and detection."""
 
 import dataclasses
 import functools
@@ -8,8 +8,9 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from ablation_differences import OUTPUT_DIR, difference, faults, flatten, showing
-from ablation_rows import CONFIGS, find_rows, load_parent, load_row, select_rows
+from _ablations import rows as rows_module
+from _ablations.differences import describe_changes, differences, faults, flatten
+from _ablations.rows import CONFIGS, find_rows, load_origin, load_row, select_rows
 from atss import model_zoo
 from atss.assigners.ssc import FCOS_SIZE_RANGES
 from atss.training.lazy_config import evaluate_lazy
@@ -20,7 +21,6 @@ from detectron2.config import LazyConfig, instantiate
 from detectron2.data.datasets import register_coco_instances
 
 ROWS = find_rows()
-CHILDREN = [row for row in ROWS if row.parent]
 RELEASE = [row for row in ROWS if row.table == "Release"]
 
 # The paper's AP in the order of its tables, and the release's (minival; Table 8: test-dev).
@@ -44,7 +44,9 @@ def short(row):
 @functools.cache
 def shared_config(name):
     """For tests that only look."""
-    return LazyConfig.load(str(CONFIGS / f"{name}.py"))
+    cfg = LazyConfig.load(str(CONFIGS / f"{name}.py"))
+    cfg.pop("row", None)
+    return cfg
 
 
 def row_named(name):
@@ -60,9 +62,11 @@ def test_every_row_of_the_tables_is_there_with_the_published_ap():
     assert sources == {"paper"}
 
 
-@pytest.mark.parametrize("row", CHILDREN, ids=short)
+@pytest.mark.parametrize("row", ROWS, ids=short)
 def test_row_differs_from_its_parent_in_exactly_the_declared_way(row):
-    assert faults(row, difference(shared_config(row.parent), shared_config(row.name))) == []
+    assert faults(row, load_origin(row), load_row(row)) == []
+    number = "" if row in RELEASE else f"{row.table}, row {row.number}: {row.title}."
+    assert row.path.read_text().startswith(f'"""{number}')  # the docstring agrees with the data
 
 
 # What the paper's tables say of each row, by the two zero points and what they change.
@@ -160,66 +164,80 @@ def test_every_row_but_the_models_of_table_8_has_its_method_checked():
     assert names == {f"ablations/{name}" for name in METHODS}
 
 
-def test_parent_that_took_over_a_rows_difference_is_a_fault():
-    row = row_named("topk/k3")
-    parent = load_parent(row)
+def faults_of(name, origin=None, parent=None, **declaration):
+    """Faults of a row with parts of its declaration or of its parent replaced."""
+    row = row_named(name)
+    if parent or "same_as" in declaration:
+        declaration = {"parent": parent, "same_as": None, **declaration}
+    row = dataclasses.replace(row, **declaration)
+    return faults(row, origin or load_origin(row), load_row(row))
+
+
+def test_parent_that_already_has_a_rows_value_is_a_fault():
+    parent = load_origin(row_named("topk/k3"))
     parent.model.assigner.topk = 3
-    first, second = faults(row, difference(parent, load_row(row)))
-    assert "assigns model.assigner.topk, but it is so in ablations/topk/k9 already" in first
-    assert "equals it without saying so" in second
+    equal, declared = faults_of("topk/k3", parent)
+    assert "equals ablations/topk/k9: declare it as same_as" in equal
+    assert "declares 'model.assigner.topk: 9 -> 3', which is no difference" in declared
 
 
-def test_difference_that_is_not_assigned_is_a_fault():
-    row = row_named("topk/k3")
-    parent = load_parent(row)
+def test_difference_that_is_not_declared_is_a_fault():
+    parent = load_origin(row_named("topk/k3"))
     parent.model.selector.nms_thresh = 0.5
-    (fault,) = faults(row, difference(parent, load_row(row)))
-    assert "changes model.selector.nms_thresh, which it does not assign" in fault
+    (fault,) = faults_of("topk/k3", parent)
+    assert "in 'model.selector.nms_thresh: 0.5 -> 0.6', which it does not declare" in fault
+    (fault,) = faults_of("topk/k3", changes=())
+    assert "in 'model.assigner.topk: 9 -> 3', which it does not declare" in fault
+
+
+def test_wrong_parent_is_a_fault_even_if_it_differs_in_the_same_entry():
+    found = faults_of("topk/k3", parent="ablations/topk/k5")
+    assert "differs from ablations/topk/k5 in 'model.assigner.topk: 5 -> 3'" in found[0]
+    assert "declares 'model.assigner.topk: 9 -> 3', which is no difference" in found[1]
 
 
 def test_row_that_equals_its_parent_must_say_so_and_one_that_says_so_must_equal_it():
-    same, changed = row_named("topk/k9"), row_named("topk/k3")
-    only_output = {OUTPUT_DIR: ("a", "b")}
-    silent = dataclasses.replace(same, is_same_as=False)
-    assert "without saying so" in faults(silent, only_output)[0]
-    topk = {"model.assigner.topk": (9, 3), **only_output}
-    assert "but differs" in faults(dataclasses.replace(changed, is_same_as=True), topk)[0]
+    (fault,) = faults_of("topk/k9", parent="coco/atss_R_50_FPN_1x")
+    assert "equals coco/atss_R_50_FPN_1x: declare it as same_as" in fault
+    (fault,) = faults_of("topk/k3", same_as="ablations/topk/k9", changes=())
+    assert "differs from ablations/topk/k9 in 'model.assigner.topk: 9 -> 3'" in fault
+    (fault,) = faults_of("improvements/retinanet_a1", same_as="common/models/atss")[:1]
+    assert "differs from common/models/atss in 'model.assigner: ATSSAssigner -> IoU" in fault
 
 
-def test_docstring_that_names_another_parent_is_a_fault():
-    row = dataclasses.replace(row_named("topk/k3"), claimed="k5.py")
-    (fault,) = faults(row, difference(load_parent(row), load_row(row)))
-    assert "imports ablations/topk/k9, but names k5.py" in fault
+def test_row_that_writes_into_the_folder_of_its_parent_is_a_fault():
+    parent = load_origin(row_named("topk/k3"))
+    parent.train.output_dir = "output/ablations/topk/k3"
+    (fault,) = faults_of("topk/k3", parent)
+    assert "has the train.output_dir of ablations/topk/k9" in fault
 
 
 def test_arguments_at_their_defaults_are_no_difference():
     cfg, spelled_out = load_row(row_named("ssc_box")), load_row(row_named("ssc_box"))
     spelled_out.model.assigner.center_sampling_radius = None
-    assert difference(cfg, spelled_out) == {}
+    assert differences(cfg, spelled_out) == {}
     spelled_out.model.assigner.center_sampling_radius = 1.5
-    assert difference(cfg, spelled_out) == {
-        "model.assigner.center_sampling_radius": (None, 1.5)
+    assert differences(cfg, spelled_out) == {
+        "model.assigner.center_sampling_radius": "None -> 1.5"
     }  # fmt: skip
 
 
 def test_differences_are_shown_in_words():
     def words(name):
         row = row_named(name)
-        return showing(row, difference(load_parent(row), load_row(row)))
+        return describe_changes(row, load_origin(row), load_row(row))
 
     assert words("topk/k3") == "model.assigner.topk: 9 -> 3"
     assert words("ssc_box") == "model.assigner: IoUAssigner -> SSCAssigner"
     assert words("topk/k9") == "same as coco/atss_R_50_FPN_1x"
-    assert showing(row_named("improvements/retinanet_a1"), {}) == (
-        "starts from common/models/retinanet_a1.py"
-    )
+    assert words("improvements/retinanet_a1") == "same as common/models/retinanet_a1"
 
 
 @pytest.mark.parametrize("name", ["retinanet_a1_atss", "atss_1_scale_1_ratio", "topk/k9"])
 def test_paths_through_the_tables_end_at_the_same_full_method(name):
     found = flatten(shared_config(row_named(name).name), resolve=True)
     expected = flatten(shared_config("coco/atss_R_50_FPN_1x"), resolve=True)
-    assert {**found, OUTPUT_DIR: ""} == {**expected, OUTPUT_DIR: ""}
+    assert {**found, "train.output_dir": ""} == {**expected, "train.output_dir": ""}
 
 
 def test_every_row_has_an_output_folder_of_its_own():
@@ -375,19 +393,23 @@ def test_model_zoo_page_has_the_published_figures_and_says_whose_they_are():
 @pytest.mark.parametrize(
     "text, words",
     [
-        ('"""About nothing."""\n', "does not start with its row.*About nothing"),
-        ('"""Table 4, row 1: k = 3. The paper\'s AP on minival: 38.0."""\n'
-         "for k in (1,):\n    pass\n", "line 2: a row only imports and assigns"),
-        ('"""Table 4, row 1: k = 3. The paper\'s AP on minival: 38.0."""\n'
-         "from .k9 import model\nfrom .k5 import train\n", "imports from two parents"),
+        ("model = dict()", "strange.py has no `row = dict"),
+        ("row = dict(table='Table 4', number=1)", "missing 4 required .*'title', 'ap'"),
+        ("row = dict(table='Table 4', number=1, title='k = 3', ap=38.0, source='paper', "
+         "split='minival')", "strange.py cannot be read: it needs either a parent or same_as"),
+        ("row = dict(tables='Table 4')", "unexpected keyword argument 'tables'"),
     ],
 )  # fmt: skip
-def test_file_whose_difference_cannot_be_read_off_is_named(text, words, tmp_path, monkeypatch):
-    import ablation_rows
-
-    monkeypatch.setattr(ablation_rows, "CONFIGS", tmp_path)
+def test_file_without_a_complete_row_is_named(text, words, tmp_path, monkeypatch):
+    monkeypatch.setattr(rows_module, "CONFIGS", tmp_path)
     (tmp_path / "ablations").mkdir()
-    file = tmp_path / "ablations" / "strange.py"
-    file.write_text(text)
+    (tmp_path / "ablations" / "strange.py").write_text(text)
     with pytest.raises(ValueError, match=words):
         find_rows()
+
+
+def test_row_is_saved_with_the_config_of_a_run(tmp_path):
+    LazyConfig.save(LazyConfig.load(str(row_named("topk/k3").path)), str(tmp_path / "config.yaml"))
+    saved = LazyConfig.load(str(tmp_path / "config.yaml"))
+    assert saved.row.title == "k = 3" and saved.row.changes == ["model.assigner.topk: 9 -> 3"]
+    assert instantiate(saved.model.assigner).topk == 3

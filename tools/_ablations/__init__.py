@@ -1,0 +1,1 @@
+"""Helpers of ablation_table.py: rows, their differences, runs on the embedded shapes, reports."""

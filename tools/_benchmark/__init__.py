@@ -1,0 +1,1 @@
+"""Helpers of benchmark.py: cases of parts and whole models, timing, reports."""

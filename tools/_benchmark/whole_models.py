@@ -1,0 +1,171 @@
+"""Cases of whole detectors on one batch: a training step and a detection, ours and Detectron2's."""
+
+import copy
+from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple
+
+import torch
+from _reference_models import fcos, has_fcos, retinanet
+from atss.inference_mode.folding import fold_batch_norms
+from atss.inference_mode.prepare import prepare_for_inference
+from atss.model_zoo import get_config
+from atss.training.loop import compile_dense_parts, has_fast_bfloat16
+from torch import nn
+
+from detectron2.config import instantiate
+
+from .cases import Case, Contestant, Options, size_text
+from .synthetic import random_instances
+
+# Name of a contestant, its model, and the type of autocast if any.
+Variant = Tuple[str, nn.Module, Optional[torch.dtype]]
+Work = Callable[[nn.Module, Sequence[Dict], Optional[torch.dtype]], Callable[[Any], Any]]
+
+
+def train_cases(options: Options) -> Iterator[Case]:
+    """Forward, backward and optimizer step."""
+
+    def variants() -> Iterator[Variant]:
+        for name, model in detectors(options).items():
+            yield name, model, None
+            last = _channels_last(model)
+            if name == "ATSS":
+                yield f"{name}, channels_last", last, None
+            if has_fast_bfloat16(options.device):
+                last = copy.deepcopy(last)
+                yield f"{name}, channels_last, bfloat16", last, torch.bfloat16
+            if name == "ATSS" and options.compile:
+                compiled = compile_dense_parts(_channels_last(model))
+                yield f"{name}, channels_last, compiled", compiled, None
+
+    yield from _cases(options, "train", variants, _training_step)
+
+
+def inference_cases(options: Options) -> Iterator[Case]:
+    """Detection, from image tensors to instances."""
+
+    def variants() -> Iterator[Variant]:
+        for name, model in detectors(options).items():
+            yield name, model.eval(), None
+            if name == "ATSS":
+                yield f"{name}, prepared", prepare_for_inference(model), None
+                yield from _prepared_otherwise(options, model, f"{name}, prepared")
+            elif has_fast_bfloat16(options.device):
+                last = _channels_last(model)
+                yield f"{name}, channels_last, bfloat16", last, torch.bfloat16
+
+    yield from _cases(options, "inference", variants, _detection)
+
+
+def step_cases(options: Options) -> Iterator[Case]:
+    """Detection after each step of `prepare_for_inference`."""
+
+    def variants() -> Iterator[Variant]:
+        model = detectors(options)["ATSS"].eval()
+        yield "as trained", model, None
+        folded = copy.deepcopy(model)
+        fold_batch_norms(folded)
+        yield "norms folded", folded, None
+        yield "and channels_last", _channels_last(folded), None
+        yield "and fused operators: prepared", prepare_for_inference(model), None
+        if has_fast_bfloat16(options.device):
+            name = "as trained, channels_last, bfloat16 autocast"
+            yield name, _channels_last(model), torch.bfloat16
+        yield from _prepared_otherwise(options, model, "prepared")
+
+    yield from _cases(options, "steps", variants, _detection)
+
+
+MODELS = {"train": train_cases, "inference": inference_cases, "steps": step_cases}
+
+
+def detectors(options: Options) -> Dict[str, nn.Module]:
+    """Detectors by name, on equal backbones with equal classes; weights are random."""
+    model = get_config(options.model).model
+    model.num_classes = options.num_classes
+    configs = {"ATSS": model}
+    if has_fcos():
+        configs["FCOS"] = fcos(model)
+    configs["RetinaNet"] = retinanet(model)
+    return {name: instantiate(cfg).to(options.device) for name, cfg in configs.items()}
+
+
+def _prepared_otherwise(options: Options, model: nn.Module, name: str) -> Iterator[Variant]:
+    if has_fast_bfloat16(options.device):
+        yield f"{name}, bfloat16", prepare_for_inference(model, dtype=torch.bfloat16), None
+    if options.compile:
+        yield f"{name}, compiled", prepare_for_inference(model, compile=True), None
+
+
+def _channels_last(model: nn.Module) -> nn.Module:
+    return copy.deepcopy(model).to(memory_format=torch.channels_last)
+
+
+def _cases(
+    options: Options, part: str, variants: Callable[[], Iterator[Variant]], work: Work
+) -> Iterator[Case]:
+    for batch_size in options.model_batch_sizes:
+        batch = _make_batch(options, batch_size)
+        contestants = []
+        for name, model, dtype in list(variants()):  # copies first, before any has run
+            contestant = Contestant(name, work(model, batch, dtype))
+            try:  # Detectron2's models do not run in every precision.
+                contestant.call(None)
+                contestants.append(contestant)
+            except RuntimeError as error:
+                print(f"{name} does not run here: {str(error).splitlines()[0]}")
+        settings = {
+            "model": options.model,
+            "images": batch_size,
+            "size": size_text(options.image_size),
+            "classes": options.num_classes,
+        }
+        yield Case(part, settings, contestants)
+
+
+def _make_batch(options: Options, batch_size: int) -> List[Dict[str, Any]]:
+    height, width = options.image_size
+    generator = torch.Generator().manual_seed(0)
+    return [
+        {
+            "image": torch.rand(3, height, width, generator=generator) * 255,
+            "height": height,
+            "width": width,
+            "instances": random_instances(
+                7 + i % 14, options.image_size, options.num_classes, torch.device("cpu"), i
+            ),
+        }
+        for i in range(batch_size)
+    ]
+
+
+def _training_step(
+    model: nn.Module, batch: Sequence[Dict], dtype: Optional[torch.dtype]
+) -> Callable[[Any], Any]:
+    model.train()
+    device = next(model.parameters()).device
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    # So low a rate keeps the random weights as they are: they must not diverge while timed.
+    optimizer = torch.optim.SGD(parameters, lr=1e-8, momentum=0.9, weight_decay=1e-4)
+
+    def step(_: Any) -> Dict[str, torch.Tensor]:
+        with torch.autocast(device.type, dtype, enabled=dtype is not None):
+            losses = model(batch)
+        optimizer.zero_grad()
+        sum(losses.values()).backward()
+        optimizer.step()
+        return losses
+
+    return step
+
+
+def _detection(
+    model: nn.Module, batch: Sequence[Dict], dtype: Optional[torch.dtype]
+) -> Callable[[Any], Any]:
+    device = next(model.parameters()).device
+
+    @torch.no_grad()
+    def detect(_: Any) -> List[Dict]:
+        with torch.autocast(device.type, dtype, enabled=dtype is not None):
+            return model(batch)
+
+    return detect

@@ -1,0 +1,1 @@
+"""Helpers of install_detectron2.py."""
