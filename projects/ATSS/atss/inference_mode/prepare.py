@@ -7,9 +7,9 @@ from typing import Any, Mapping, NamedTuple, Optional
 import torch
 from torch import nn
 
+from ..device import compile_dense_parts, has_fast_bfloat16
 from ..head import DensePredictions
 from ..layers import DeformConv2d
-from ..training.loop import compile_dense_parts, has_fast_bfloat16
 from .folding import fold_batch_norms
 from .fused_layers import fuse_convolutions
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..device import Fused, is_compiling
+from ..device import CompiledWhereSupported, is_compiling
 from ..slots import Slots, offsets_in_level
 
 __all__ = ["focal_loss_sum"]
@@ -201,7 +201,7 @@ def _negative_sum(
     return (factor * softplus).sum()
 
 
-_fused_negative_sum = Fused(_negative_sum)
+_fused_negative_sum = CompiledWhereSupported(_negative_sum)
 
 
 def _correction(values: Tensor, is_positive: Tensor, alpha: float, gamma: float) -> Tensor:
