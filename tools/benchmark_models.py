@@ -5,7 +5,7 @@ from typing import Any, Dict, Iterator, List, Optional, Sequence
 
 import torch
 from atss.device import compile_dense_parts, has_fast_bfloat16
-from atss.inference_mode.folding import fold_batch_norms
+from atss.inference_mode.batch_norms import fold_batch_norms
 from atss.inference_mode.prepare import prepare_for_inference
 from atss.model_zoo import get_config
 from benchmark_peers import fcos_detector, has_fcos, retinanet_detector
