@@ -26,7 +26,7 @@ _MERGES = ("nms", "vote", "soft-vote")
 
 
 class View(NamedTuple):
-    """One way to look at an image.
+    """How one copy of the image is made, and which detections in it count.
 
     Attributes:
         min_size: short edge in pixels; None takes the image as it comes.
