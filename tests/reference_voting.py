@@ -1,4 +1,4 @@
-"""Box voting as plain loops: the rule one box at a time, without torch."""
+"""Slow twin of box voting: plain loops over boxes, without torch."""
 
 from typing import List, Sequence, Tuple
 

@@ -1,4 +1,4 @@
-"""Test-time augmentation: what views see, what counts, how they are merged."""
+"""Tests of test-time augmentation: what views see, which boxes count, how they are merged."""
 
 import math
 
@@ -22,7 +22,7 @@ def detector():
 
 
 class Recorder(torch.nn.Module):
-    """A detector that finds one given box, in relative coordinates, and remembers its inputs."""
+    """A detector that finds one given box, in relative coordinates, and keeps its inputs."""
 
     input_format = "BGR"
 
@@ -50,7 +50,7 @@ class Recorder(torch.nn.Module):
 def test_one_identity_view_is_plain_inference_exactly(detector, merge, view):
     inputs = make_input(64, 96)
     inputs["image"] = inputs["image"].to(torch.uint8)
-    inputs.update(height=100, width=151)  # the boxes are wanted in another size
+    inputs.update(height=100, width=151)  # the output has another size
     with torch.no_grad():
         expected = detector([inputs])[0]["instances"]
 
@@ -63,7 +63,7 @@ def test_one_identity_view_is_plain_inference_exactly(detector, merge, view):
 
 
 @pytest.mark.parametrize("merge", ["nms", "vote", "soft-vote"])
-def test_a_view_shown_twice_changes_nothing_but_softened_copies(detector, merge):
+def test_the_same_view_twice_changes_nothing(detector, merge):
     inputs = make_input(64, 96)
     with torch.no_grad():
         expected = detector([inputs])[0]["instances"]
@@ -72,7 +72,7 @@ def test_a_view_shown_twice_changes_nothing_but_softened_copies(detector, merge)
     torch.testing.assert_close(found.pred_boxes.tensor, expected.pred_boxes.tensor)
 
 
-def test_boxes_of_mirrored_and_scaled_views_come_back_to_the_image():
+def test_boxes_of_mirrored_and_scaled_views_are_in_the_frame_of_the_output():
     model = Recorder()
     views = [View(flip=True), View(min_size=20, max_size=100, flip=True)]
     inputs = {"image": torch.zeros(3, 40, 60, dtype=torch.uint8), "height": 80, "width": 120}

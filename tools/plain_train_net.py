@@ -12,6 +12,7 @@ import logging
 
 import torch
 from atss.checkpoint.checkpointer import ATSSCheckpointer, load_or_resume
+from atss.device import compile_dense_parts
 from atss.training.command_line import run, training_parser
 from atss.training.lazy_config import (
     build_model,
@@ -20,12 +21,7 @@ from atss.training.lazy_config import (
     evaluate_lazy,
     load_lazy_config,
 )
-from atss.training.loop import (
-    autocast_dtype,
-    compile_dense_parts,
-    create_ddp_model,
-    make_grad_scaler,
-)
+from atss.training.loop import autocast_dtype, create_ddp_model, make_grad_scaler
 from fvcore.common.checkpoint import PeriodicCheckpointer
 
 from detectron2.config import instantiate

@@ -1,4 +1,4 @@
-"""A prepared model detects what it detected before, and says what it cannot do any more."""
+"""Tests of preparing a model: it detects what it did before, and says what it no longer can."""
 
 import copy
 import pickle
@@ -6,8 +6,8 @@ import pickle
 import pytest
 import torch
 from atss.backbone import resnet_fpn
-from atss.inference_mode.folding import fold_batch_norms
-from atss.inference_mode.fused_layers import FusedConv2d, fuse_convolutions
+from atss.inference_mode.batch_norms import fold_batch_norms
+from atss.inference_mode.onednn import OneDNNConv2d, OneDNNResidualBlock, use_onednn
 from atss.inference_mode.prepare import (
     inference_dtype,
     prepare_as_configured,
@@ -93,7 +93,7 @@ def test_prepared_model_predicts_the_same(options, channels_last):
     batch = [make_input(64, 96), make_input(50, 70)]  # padded, too
 
     assert_same_outputs(prepared, model, batch)
-    # The input's size is not frozen into what was rearranged on the first call.
+    # The weights rearranged on the first call do for any size.
     assert_same_outputs(prepared, model, [make_input(128, 64)])
 
 
@@ -233,7 +233,7 @@ def test_compiled_parts_are_the_backbone_and_the_head(monkeypatch):
     prepared = prepare_for_inference(model, compile=True)
     assert compiled == [{"dynamic": True}] * 2
     assert_same_outputs(prepared, model, [make_input(64, 96)])
-    assert not any(isinstance(module, FusedConv2d) for module in prepared.modules())
+    assert not any(isinstance(module, OneDNNConv2d) for module in prepared.modules())
 
 
 def test_config_decides_whether_and_how_to_prepare():
@@ -283,14 +283,14 @@ def test_activation_after_a_norm_stays_after_it(layer):
     torch.testing.assert_close(conv(*inputs), expected)
 
 
-def test_fused_convolution_gives_up_where_it_must():
+def test_onednn_convolution_computes_as_before_where_the_operators_cannot():
     model = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1))
-    if fuse_convolutions(model) == 0:
-        pytest.skip("this torch has no fused operators")
+    if use_onednn(model) == 0:
+        pytest.skip("this torch lacks oneDNN's operators")
     conv = model[0]
-    assert isinstance(conv, FusedConv2d)
+    assert isinstance(conv, OneDNNConv2d)
     x = torch.rand(1, 4, 6, 6, requires_grad=True)
-    conv(x).sum().backward()  # a gradient is wanted
+    conv(x).sum().backward()  # a gradient is needed
     assert x.grad is not None and conv.weight.grad is not None
     with torch.no_grad():
         assert conv(torch.rand(0, 4, 6, 6)).shape == (0, 4, 6, 6)
@@ -301,24 +301,15 @@ def test_fused_convolution_gives_up_where_it_must():
         torch.testing.assert_close(conv(x.double()), 2 * first.double(), atol=1e-5, rtol=0)
 
 
-def test_activations_that_others_read_are_not_overwritten():
-    model = make_detector()
-    model.proposal_generator.head.extra = nn.Sequential(nn.ReLU(), nn.Conv2d(4, 4, 1), nn.ReLU())
-    model.proposal_generator.head.alone = nn.ReLU()
-    head = prepare_for_inference(model).proposal_generator.head
-    assert [m.inplace for m in (head.extra[0], head.extra[2], head.alone)] == [False, True, False]
-    assert all(m.inplace for m in head.cls_tower if isinstance(m, nn.ReLU))
-
-
 def test_block_does_not_write_over_a_feature_of_the_stage_before():
     backbone = randomize_norms(make_backbone(18, "FrozenBN")).eval().requires_grad_(False)
     fold_batch_norms(backbone)
-    if fuse_convolutions(backbone) == 0:
-        pytest.skip("this torch has no fused operators")
+    if use_onednn(backbone) == 0:
+        pytest.skip("this torch lacks oneDNN's operators")
     stage = backbone.bottom_up.stages[0]  # its first block has the input itself as shortcut
     x = torch.randn(1, 32, 16, 16)
     before = x.clone()
-    assert stage[0].shortcut is None
+    assert isinstance(stage[0], OneDNNResidualBlock) and stage[0].shortcut is None
     with torch.no_grad():
         stage(x)
     torch.testing.assert_close(x, before, atol=0, rtol=0)

@@ -1,11 +1,8 @@
 """The streamed class losses: against loops, in every memory layout, dtype and way of running."""
 
-import warnings
-
 import pytest
 import torch
 from atss.anchors import AnchorGrid
-from atss.device import Fused
 from atss.losses import FocalLoss
 from atss.losses import classification as module
 from atss.predictions import Places, read_maps
@@ -269,22 +266,6 @@ def test_the_form_for_the_gpu_agrees_with_the_one_for_the_cpu(monkeypatch, form)
     torch.testing.assert_close(other, value)
     for found, gradient in zip(torch.autograd.grad(other, logits), expected):
         torch.testing.assert_close(found, gradient, rtol=1e-5, atol=1e-6)
-
-
-def test_function_that_cannot_be_compiled_runs_as_it_is_and_says_so_once(monkeypatch):
-    def broken(function, **_):
-        def fail(*_):
-            raise RuntimeError("no compiler here")
-
-        return fail
-
-    monkeypatch.setattr(torch, "compile", broken)
-    double = Fused(lambda x: 2 * x)
-    with pytest.warns(UserWarning, match="runs unfused.*no compiler here"):
-        assert double(3) == 6
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert double(4) == 8
 
 
 def test_values_are_taken_from_where_each_anchor_lies():

@@ -171,30 +171,6 @@ def test_only_float16_scales_gradients():
     assert scaler.state_dict is not None
 
 
-def test_compiled_parts_keep_their_names_and_losses(monkeypatch):
-    # The eager backend stands for the compiler, which takes a minute: what is compiled and under
-    # which names is the same.
-    compiled = []
-    real = torch.nn.Module.compile
-    monkeypatch.setattr(
-        torch.nn.Module,
-        "compile",
-        lambda self, **kwargs: (compiled.append(self), real(self, backend="eager"))[1],
-    )
-    torch.manual_seed(0)
-    model = tiny_detector()
-    batch = [make_input(64, 64, [[5, 5, 40, 40]], [1])]
-    expected = model(batch)
-    names = list(model.state_dict())
-    training_loop.compile_dense_parts(model)
-    losses = model(batch)
-    assert compiled == [model.backbone, model.proposal_generator.head]
-    assert list(model.state_dict()) == names
-    for name, loss in losses.items():
-        torch.testing.assert_close(loss, expected[name], atol=1e-5, rtol=1e-4)
-    sum(losses.values()).backward()
-
-
 def test_channels_last_and_bfloat16_train_to_the_same_losses():
     torch.manual_seed(0)
     model = tiny_detector()

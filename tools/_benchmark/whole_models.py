@@ -5,10 +5,10 @@ from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tupl
 
 import torch
 from _reference_models import fcos, has_fcos, retinanet
-from atss.inference_mode.folding import fold_batch_norms
-from atss.inference_mode.prepare import prepare_for_inference
+from atss.device import compile_dense_parts, has_fast_bfloat16
+from atss.inference_mode import prepare_for_inference
+from atss.inference_mode.batch_norms import fold_batch_norms
 from atss.model_zoo import get_config
-from atss.training.loop import compile_dense_parts, has_fast_bfloat16
 from torch import nn
 
 from detectron2.config import instantiate

@@ -1,29 +1,27 @@
-"""How do values of the host reach the device without waiting for the GPU?
+"""Copies between host and device without waiting, compiled or not, fast bfloat16 or not.
 
 A copy from ordinary, pageable memory waits for all work that is queued on the GPU; one from pinned
 memory does not.
 """
 
 import warnings
-from typing import Callable, Sequence
+from typing import Any, Callable, Optional, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from detectron2.structures import Boxes, Instances
 
-__all__ = ["Fused", "host_constant", "instances_to_device", "is_compiling", "to_device"]
-
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """A tensor on a device, the copy queued behind the work that is there already.
+    """A tensor on a device; the copy is queued behind the work that is queued already.
 
     Args:
         tensor: of any shape; must not be written to before the copy is done.
-        device: where the result lives.
+        device: of the result.
 
     Returns:
-        The tensor itself if it is there.
+        The tensor itself if it is on the device already.
     """
     if device.type == "cuda" and tensor.device.type == "cpu" and not is_compiling():
         tensor = tensor.pin_memory()
@@ -33,12 +31,12 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
 def host_constant(
     values: Sequence, device: torch.device, dtype: torch.dtype = torch.int64
 ) -> Tensor:
-    """Numbers the host knows, on the device; `torch.tensor(values, device="cuda")` would wait.
+    """Numbers of the host as a tensor; `torch.tensor(values, device="cuda")` would wait.
 
     Args:
         values: (nested) sequence of numbers.
-        device: where the result lives.
-        dtype: its type.
+        device: of the result.
+        dtype: of the result.
 
     Returns:
         Tensor of the shape of `values`.
@@ -50,9 +48,9 @@ def instances_to_device(instances: Instances, device: torch.device) -> Instances
     """`Instances.to`, which would wait once for every field.
 
     Args:
-        instances: fields of `Boxes` or tensors are copied as `to_device` does, others as their own
-            `to` does, and those without one are kept.
-        device: where the result lives.
+        instances: fields of `Boxes` or tensors are copied as `to_device` does, others by their own
+            `to`, and those without one are kept.
+        device: of the result.
 
     Returns:
         New `Instances` with the same fields.
@@ -69,11 +67,11 @@ def instances_to_device(instances: Instances, device: torch.device) -> Instances
     return moved
 
 
-class Fused:
+class CompiledWhereSupported:
     """A function, compiled on its first call (`torch.compile`, any shapes).
 
-    Compilation needs Triton on a GPU and a C++ compiler on a CPU. Where it fails, that is said once
-    and the function runs operator by operator from then on.
+    Compilation needs Triton on a GPU and a C++ compiler on a CPU. Where it fails, a warning says so
+    once, and the function runs uncompiled from then on.
 
     Args:
         function: of tensors and numbers.
@@ -84,7 +82,7 @@ class Fused:
         self._compiled = None
         self._failed = False
 
-    def __call__(self, *args):
+    def __call__(self, *args) -> Any:
         if self._failed:
             return self.function(*args)
         try:
@@ -96,19 +94,62 @@ class Fused:
                 raise
             self._failed = True
             warnings.warn(
-                f"{self.function.__name__} could not be compiled and runs unfused from now on: "
+                f"{self.function.__name__} could not be compiled and runs uncompiled from now on: "
                 f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}",
                 stacklevel=2,
             )
             return self.function(*args)
 
 
+def compile_dense_parts(model: nn.Module, dynamic: Optional[bool] = None) -> nn.Module:
+    """Let backbone and dense head run through `torch.compile`; the rest stays as it is.
+
+    Names of parameters stay, so checkpoints fit. The first step takes minutes. On a CPU this needs
+    a C++ compiler.
+
+    Args:
+        model: `ATSSDetector` or a two-stage model; changed in place.
+        dynamic: compile for images of any size at once; None compiles for the first size, and for
+            any size when there is a second.
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: for a torch that cannot compile a module in place.
+    """
+    if not hasattr(nn.Module, "compile"):
+        raise ValueError(
+            f"torch {torch.__version__} cannot compile parts of a model, 2.2 can. Update it, "
+            "or set train.compile and train.prepare.compile (SOLVER.COMPILE, TEST.PREPARE.COMPILE) "
+            "to False."
+        )
+    for part in (model.backbone, model.proposal_generator.head):
+        part.compile(dynamic=dynamic)
+    return model
+
+
 def is_compiling() -> bool:
     """Whether `torch.compile` or `torch.export` is tracing the caller."""
-    # torch 2.0 has no torch.compiler, and its torch._dynamo is there only once something compiles;
-    # 2.1 and 2.2 have the function in the second place.
+    # torch 2.0 has no torch.compiler, and has torch._dynamo only once something compiles; 2.1 and
+    # 2.2 have the function in the second place.
     for name in ("compiler", "_dynamo"):
         namespace = getattr(torch, name, None)
         if hasattr(namespace, "is_compiling"):
             return namespace.is_compiling()
     return False
+
+
+def has_fast_bfloat16(device: torch.device) -> bool:
+    """Whether bfloat16 is faster than float32 on a device, by its instruction set."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported()
+    try:
+        with open("/proc/cpuinfo") as file:
+            return any(
+                "avx512_bf16" in line or "amx_bf16" in line
+                for line in file
+                if line.startswith("flags")
+            )
+    except OSError:
+        return False

@@ -16,14 +16,10 @@ from detectron2.utils import comm
 
 from .checkpoint.checkpointer import ATSSCheckpointer, load_or_resume, load_to_evaluate
 from .data import load_dataset_dicts
+from .device import compile_dense_parts
 from .inference_mode.prepare import prepare_as_configured
 from .optimizer import get_optimizer_params
-from .training.loop import (
-    StepTrainer,
-    autocast_dtype,
-    compile_dense_parts,
-    create_ddp_model,
-)
+from .training.loop import StepTrainer, autocast_dtype, create_ddp_model
 from .tta import ATSSWithTTA
 
 __all__ = ["Trainer"]

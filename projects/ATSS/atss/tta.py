@@ -1,10 +1,9 @@
-"""What do several views of an image say together? Multi-scale testing with voting (Table 8).
+"""Test-time augmentation: detection in several sizes and mirrored, merged by voting (Table 8).
 
-Each view is a resized, perhaps mirrored copy of the image on which the detector runs as always;
-views differ in which sizes of objects they are trusted with, and their boxes are merged at the end.
+Each view is a resized, perhaps mirrored copy of the image on which the detector runs as always.
+Views differ in the sizes of objects that they are trusted with.
 """
 
-import copy
 import math
 from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
@@ -23,20 +22,18 @@ from detectron2.utils.file_io import PathManager
 from .postprocessing.eager import Detections, suppress
 from .postprocessing.voting import vote_boxes
 
-__all__ = ["ATSSWithTTA", "RELEASE_MIN_SIZES", "View", "make_views", "release_views"]
-
 _MERGES = ("nms", "vote", "soft-vote")
 
 
 class View(NamedTuple):
-    """One way to look at an image.
+    """How one copy of the image is made, and which detections in it count.
 
     Attributes:
         min_size: short edge in pixels; None takes the image as it comes.
         max_size: most pixels of the long edge.
         flip: mirror it left to right.
         size_range: least and greatest size (square root of area) of the boxes that count, in
-            pixels of this view, both included.
+            pixels of this view, inclusive.
     """
 
     min_size: Optional[int] = None
@@ -45,7 +42,7 @@ class View(NamedTuple):
     size_range: Tuple[float, float] = (0.0, math.inf)
 
 
-# Table 8: which sizes of boxes each scale is trusted with.
+# Table 8: short edge of each scale and the sizes of boxes it is trusted with.
 _RELEASE_RANGES = {
     800: (0, math.inf),
     400: (96, math.inf),
@@ -68,21 +65,20 @@ def release_views(flip: bool = True, base_size: float = 800) -> List[View]:
     """The 13 scales of the authors' multi-scale testing, each with its mirror image.
 
     Args:
-        flip: with the mirror images.
-        base_size: short edge of plain testing, the authors' 800; for a model that is used to images
-            of another size, everything is scaled with it.
+        flip: add the mirror image of each.
+        base_size: short edge of plain testing, the authors' 800; everything is scaled with it, for
+            models trained on images of another size.
     """
     unit = base_size / 800
-    return [
+    views = [
         View(
-            round(size * unit),
-            round((1333 if size <= 800 else 3000) * unit),
-            is_flipped,
-            (low * unit, high * unit),
+            min_size=round(size * unit),
+            max_size=round((1333 if size <= 800 else 3000) * unit),
+            size_range=(low * unit, high * unit),
         )
         for size, (low, high) in _RELEASE_RANGES.items()
-        for is_flipped in ((False, True) if flip else (False,))
     ]
+    return _with_mirror_images(views) if flip else views
 
 
 def make_views(
@@ -100,7 +96,7 @@ def make_views(
         size_ranges: one per scale, see `View`; none for no limits.
 
     Raises:
-        ValueError: for as many ranges as do not fit.
+        ValueError: for another number of ranges than of scales.
     """
     if size_ranges and len(size_ranges) != len(min_sizes):
         raise ValueError(
@@ -108,31 +104,35 @@ def make_views(
             "TEST.AUG.MIN_SIZES; give one per scale, or () for no limits."
         )
     ranges = size_ranges or [(0.0, math.inf)] * len(min_sizes)
-    return [
-        View(int(size), int(max_size), is_flipped, (float(low), float(high)))
+    views = [
+        View(int(size), int(max_size), size_range=(float(low), float(high)))
         for size, (low, high) in zip(min_sizes, ranges)
-        for is_flipped in ((False, True) if flip else (False,))
     ]
+    return _with_mirror_images(views) if flip else views
+
+
+def _with_mirror_images(views: Sequence[View]) -> List[View]:
+    return [view._replace(flip=flip) for view in views for flip in (False, True)]
 
 
 class ATSSWithTTA(nn.Module):
     """A detector that looks at each image several times.
 
-    Called as the detector is, also as `ATSSWithTTA(cfg, model)`. Every view is a full detection
-    with the detector's own NMS, one view at a time, so memory is that of the largest view. Where an
-    image's file is known and has the size its dict says, scaled views start from it and not from
-    the already scaled image.
+    Called as the detector is; also made as `ATSSWithTTA(cfg, model)`. Every view is a full
+    detection with the detector's own NMS, one view at a time, so memory is that of the largest
+    view. Scaled views start from the image's file, not from the already scaled image, if the file
+    exists and has the size that "height" and "width" say.
 
     Args:
         model: detector that takes Detectron2's dicts and gives `pred_boxes`, `scores` and
             `pred_classes`.
         views: the views; by default `release_views()`.
         merge: "nms", "vote" or "soft-vote" (see `vote_boxes`).
-        nms_thresh: IoU above which the lower score goes, for "nms".
+        nms_thresh: IoU above which the lower score is removed, for "nms".
         vote_thresh: IoU at which boxes vote together.
         soft_score_thresh: least score of a box that "soft-vote" brings back.
-        max_detections: how many to keep of an image.
-        read_files: start scaled views from the image's file where there is one.
+        max_detections: how many to keep of an image; negative keeps all.
+        read_files: start scaled views from the image's file where it exists.
 
     Raises:
         ValueError: for no views, or an unknown merge.
@@ -164,7 +164,7 @@ class ATSSWithTTA(nn.Module):
         self.soft_score_thresh = soft_score_thresh
         self.max_detections = max_detections
         self.read_files = read_files
-        # Evaluation puts a model back into the mode it found it in.
+        # Evaluation returns a model to the mode it found it in.
         self.training = self.model.training
 
     @classmethod
@@ -199,75 +199,65 @@ class ATSSWithTTA(nn.Module):
         """
         if self.model.training:
             raise RuntimeError("ATSSWithTTA detects; call eval() first.")
-        return [{"instances": self._detect(inputs)} for inputs in batched_inputs]
+        results = []
+        for inputs in batched_inputs:
+            height, width = inputs["image"].shape[1:]
+            inputs = {"height": height, "width": width, **inputs}  # the size of the output
+            original = self._read_original(inputs)
+            found = [self._detect_view(inputs, original, view) for view in self.views]
+            results.append({"instances": found[0] if len(found) == 1 else self._merge(found)})
+        return results
 
-    def _detect(self, inputs: Dict) -> Instances:
-        image = inputs["image"]
-        height = int(inputs.get("height", image.shape[1]))
-        width = int(inputs.get("width", image.shape[2]))
-        original = self._original(inputs, (height, width))
-        found = [self._detect_view(inputs, original, view, (height, width)) for view in self.views]
-        if len(found) == 1:
-            return found[0]
-        candidates = Detections(
-            torch.cat([result.pred_boxes.tensor for result in found]),
-            torch.cat([result.scores for result in found]),
-            torch.cat([result.pred_classes for result in found]),
-        )
-        merged = self._merge(candidates)
-        result = Instances((height, width))
-        result.pred_boxes = Boxes(merged.boxes)
-        result.scores = merged.scores
-        result.pred_classes = merged.classes
-        return result
-
-    def _merge(self, candidates: Detections) -> Detections:
-        if self.merge == "nms":
-            keep = suppress(candidates, self.nms_thresh, self.max_detections)
-            return Detections(*(part[keep] for part in candidates))
-        voted = vote_boxes(
-            candidates, self.vote_thresh, self.merge == "soft-vote", self.soft_score_thresh
-        )
-        if self.max_detections < 0:
-            return voted
-        return Detections(*(part[: self.max_detections] for part in voted))
-
-    def _original(self, inputs: Dict, size: Tuple[int, int]) -> Optional[np.ndarray]:
-        """The image's file as an array (H, W, C), if it is there and of the size wanted."""
-        name = inputs.get("file_name")
-        is_needed = any(view.min_size is not None for view in self.views)
+    def _read_original(self, inputs: Dict) -> Optional[np.ndarray]:
+        """The image's file as an array (H, W, C), if it is of use and has the size expected."""
+        name, size = inputs.get("file_name"), (inputs["height"], inputs["width"])
         input_format = getattr(self.model, "input_format", None)
-        if not (self.read_files and name and is_needed and input_format):
+        is_scaled = any(view.min_size is not None for view in self.views)
+        if not (self.read_files and name and input_format and is_scaled):
             return None
         if inputs["image"].shape[1:] == size or not PathManager.isfile(name):
             return None
         image = read_image(name, format=input_format)
         return image if image.shape[:2] == size else None
 
-    def _detect_view(
-        self,
-        inputs: Dict,
-        original: Optional[np.ndarray],
-        view: View,
-        size: Tuple[int, int],
-    ) -> Instances:
+    def _detect_view(self, inputs: Dict, original: Optional[np.ndarray], view: View) -> Instances:
+        """What counts of the detections in a view, in the frame of the output."""
         image = _view_image(inputs["image"], original, view)
-        view_height, view_width = image.shape[1:]
-        view_inputs = copy.copy(inputs)
-        view_inputs.update(image=image, height=view_height, width=view_width)
-        result = self.model([view_inputs])[0]["instances"]
-        boxes = result.pred_boxes.tensor
+        size = image.shape[1:]
+        found = self.model([{**inputs, "image": image, "height": size[0], "width": size[1]}])
+        found = found[0]["instances"]
+        boxes = found.pred_boxes.tensor
         if view.flip:
             x1, y1, x2, y2 = boxes.unbind(dim=1)
-            boxes = torch.stack((view_width - x2, y1, view_width - x1, y2), dim=1)
+            boxes = torch.stack((size[1] - x2, y1, size[1] - x1, y2), dim=1)
+        result = _make_instances(size, boxes, found.scores, found.pred_classes)
         low, high = view.size_range
-        sizes = (boxes[:, 2:] - boxes[:, :2]).prod(dim=1).clamp(min=0).sqrt()
-        keep = (sizes >= low) & (sizes <= high)
-        kept = Instances((view_height, view_width))
-        kept.pred_boxes = Boxes(boxes[keep])
-        kept.scores = result.scores[keep]
-        kept.pred_classes = result.pred_classes[keep]
-        return detector_postprocess(kept, *size)
+        box_sizes = result.pred_boxes.area().sqrt()
+        result = result[(box_sizes >= low) & (box_sizes <= high)]
+        return detector_postprocess(result, inputs["height"], inputs["width"])
+
+    def _merge(self, found: List[Instances]) -> Instances:
+        """Detections of all views, in one frame, as those of one image."""
+        candidates = Detections(
+            torch.cat([result.pred_boxes.tensor for result in found]),
+            torch.cat([result.scores for result in found]),
+            torch.cat([result.pred_classes for result in found]),
+        )
+        if self.merge == "nms":
+            keep = suppress(candidates, self.nms_thresh, self.max_detections)
+            merged = Detections(*(part[keep] for part in candidates))
+        else:
+            is_soft = self.merge == "soft-vote"
+            merged = vote_boxes(candidates, self.vote_thresh, is_soft, self.soft_score_thresh)
+            if self.max_detections >= 0:
+                merged = Detections(*(part[: self.max_detections] for part in merged))
+        return _make_instances(found[0].image_size, *merged)
+
+
+def _make_instances(
+    image_size: Tuple[int, int], boxes: Tensor, scores: Tensor, classes: Tensor
+) -> Instances:
+    return Instances(image_size, pred_boxes=Boxes(boxes), scores=scores, pred_classes=classes)
 
 
 def _view_image(image: Tensor, original: Optional[np.ndarray], view: View) -> Tensor:

@@ -1,4 +1,4 @@
-"""Preparing a trained model for fast inference."""
+"""Preparation of a trained model for fast inference."""
 
 from .prepare import inference_dtype, prepare_as_configured, prepare_for_inference
 

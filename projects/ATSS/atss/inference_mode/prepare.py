@@ -1,19 +1,16 @@
-"""How does a trained model detect faster? What only training needs is taken out."""
+"""Preparation of a trained model for inference: what only training needs is removed."""
 
 import copy
 import functools
-from typing import Any, Mapping, NamedTuple, Optional
+from typing import Any, Mapping, Optional
 
 import torch
 from torch import Tensor, nn
 
-from ..layers import DeformConv2d
+from ..device import compile_dense_parts, has_fast_bfloat16
 from ..predictions import DensePredictions
-from ..training.loop import compile_dense_parts, has_fast_bfloat16
-from .folding import fold_batch_norms
-from .fused_layers import fuse_convolutions
-
-__all__ = ["inference_dtype", "prepare_as_configured", "prepare_for_inference"]
+from .batch_norms import fold_batch_norms
+from .onednn import use_onednn
 
 _DTYPES = {"float32": None, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -28,9 +25,8 @@ def prepare_for_inference(
     """A model that detects the same, faster, and can no longer train.
 
     Fixed batch norms are folded into the convolutions before them, features are laid out with
-    channels last, ReLUs of the head work in place, and on a CPU convolutions run on oneDNN's fused
-    operators. In float32 only rounding differs from before. docs/performance.md says what each step
-    gives.
+    channels last, and on a CPU convolutions run on oneDNN's own operators. In float32 only rounding
+    differs from before. docs/performance.md says what each step gives.
 
     Args:
         model: an `ATSSDetector`, or a two-stage model with ATSS as its proposal generator; weights
@@ -39,39 +35,35 @@ def prepare_for_inference(
         dtype: compute backbone and dense head in `torch.bfloat16` or, on a GPU, `torch.float16`.
             What they return is float32 again, and so is what follows: boxes, scores, ROI heads.
             None is float32.
-        compile: run backbone and head through `torch.compile` for images of any size. The first
-            images then take a minute or more, and a CPU needs a C++ compiler. It takes the place of
-            the fused operators.
+        compile: run backbone and head through `torch.compile` for images of any size, in place of
+            oneDNN's operators. The first images then take a minute or more, and a CPU needs a C++
+            compiler.
         inplace: change the model itself; a copy needs the memory of its weights a second time.
 
     Returns:
         The prepared model in evaluation mode; `train()` raises a `RuntimeError`. Its parameters are
-        not those of the model any more: load checkpoints before, not after.
+        no longer those of the model: load checkpoints before, not after.
 
     Raises:
         ValueError: for a model that is not ATSS, or is prepared already, or a type that the device
             does not compute in.
     """
-    parts = _parts(model)
-    if "is_prepared_for_inference" in model.__dict__:
-        raise ValueError("This model is prepared for inference already; prepare a trained one.")
+    _check_model(model)
     dtype = None if dtype == torch.float32 else dtype
     device = next(model.parameters()).device
     _check_dtype(dtype, device)
     if not inplace:
         model = copy.deepcopy(model)
-        parts = _parts(model)
     model.eval().requires_grad_(False)
     fold_batch_norms(model)
-    _work_in_place(parts.head)
     if channels_last:
         model.to(memory_format=torch.channels_last)
     if dtype is not None:
-        _compute_in(parts, dtype)
+        _compute_in(dtype, model)
     if compile:
         compile_dense_parts(model, dynamic=True)
     elif device.type == "cpu":
-        fuse_convolutions(model)
+        use_onednn(model)
     model.is_prepared_for_inference = True
     model.train = functools.partial(_refuse_training, model)
     return model
@@ -86,7 +78,7 @@ def prepare_as_configured(model: nn.Module, settings: Mapping[str, Any]) -> nn.M
             `train.prepare` of a LazyConfig, TEST.PREPARE of a YAML config with lower-case keys.
 
     Returns:
-        The model, prepared or untouched.
+        The model, prepared or unchanged.
 
     Raises:
         ValueError: see `prepare_for_inference`, `inference_dtype`.
@@ -100,7 +92,7 @@ def prepare_as_configured(model: nn.Module, settings: Mapping[str, Any]) -> nn.M
 
 
 def inference_dtype(precision: str, device: torch.device) -> Optional[torch.dtype]:
-    """Type of a config's word.
+    """Type that a config names.
 
     Args:
         precision: "float32", "bfloat16", "float16", or "auto": bfloat16 where the device computes
@@ -111,7 +103,7 @@ def inference_dtype(precision: str, device: torch.device) -> Optional[torch.dtyp
         The type, None for float32.
 
     Raises:
-        ValueError: for an unknown word.
+        ValueError: for an unknown name.
     """
     if precision == "auto":
         return torch.bfloat16 if has_fast_bfloat16(device) else None
@@ -123,13 +115,7 @@ def inference_dtype(precision: str, device: torch.device) -> Optional[torch.dtyp
     return _DTYPES[precision]
 
 
-class _Parts(NamedTuple):
-    backbone: nn.Module
-    head: nn.Module
-    roi_heads: Optional[nn.Module]
-
-
-def _parts(model: nn.Module) -> _Parts:
+def _check_model(model: nn.Module) -> None:
     backbone = getattr(model, "backbone", None)
     head = getattr(getattr(model, "proposal_generator", None), "head", None)
     if not isinstance(backbone, nn.Module) or not isinstance(head, nn.Module):
@@ -138,7 +124,8 @@ def _parts(model: nn.Module) -> _Parts:
             "proposal generator (a backbone and a proposal_generator.head), got "
             f"{type(model).__name__}. Unwrap data-parallel models (model.module)."
         )
-    return _Parts(backbone, head, getattr(model, "roi_heads", None))
+    if "is_prepared_for_inference" in model.__dict__:
+        raise ValueError("This model is prepared for inference already; prepare a trained one.")
 
 
 def _check_dtype(dtype: Optional[torch.dtype], device: torch.device) -> None:
@@ -149,40 +136,26 @@ def _check_dtype(dtype: Optional[torch.dtype], device: torch.device) -> None:
         )
     if dtype == torch.float16 and device.type != "cuda":
         raise ValueError(
-            f"Inference in float16 needs a GPU, the model is on {device.type!r}. Take bfloat16 "
+            f"Inference in float16 needs a GPU, the model is on {device.type!r}. Use bfloat16 "
             "(train.prepare.precision, TEST.PREPARE.PRECISION)."
         )
 
 
-def _work_in_place(head: nn.Module) -> None:
-    """Let ReLUs overwrite their input where it is the result of a layer before, in a sequence."""
-    for sequence in head.modules():
-        if not isinstance(sequence, nn.Sequential):
-            continue
-        is_fresh = False
-        for module in sequence:
-            if isinstance(module, nn.ReLU) and is_fresh:
-                module.inplace = True
-            is_fresh = is_fresh or isinstance(module, (nn.Conv2d, DeformConv2d))
+def _compute_in(dtype: torch.dtype, model: nn.Module) -> None:
+    """Change the type of backbone and head; what enters and leaves them stays float32."""
+    head, roi_heads = model.proposal_generator.head, getattr(model, "roi_heads", None)
+    model.backbone.to(dtype)
+    head.to(dtype)
+    # Functions of the module and no closures, so that prepared models can be copied and pickled.
+    model.backbone.register_forward_pre_hook(functools.partial(_images_to, dtype))
+    head.register_forward_hook(_predictions_to_float32)
+    if roi_heads is not None:
+        roi_heads.register_forward_pre_hook(_features_to_float32)
 
 
-def _compute_in(parts: _Parts, dtype: torch.dtype) -> None:
-    """Backbone and head in another type, float32 before and behind them."""
-    parts.backbone.to(dtype)
-    parts.head.to(dtype)
-    parts.backbone.register_forward_pre_hook(_CastImages(dtype))
-    parts.head.register_forward_hook(_predictions_to_float32)
-    if parts.roi_heads is not None:
-        parts.roi_heads.register_forward_pre_hook(_features_to_float32)
-
-
-class _CastImages:
-    # A class and not a closure, so that prepared models can be copied and pickled.
-    def __init__(self, dtype: torch.dtype):
-        self.dtype = dtype
-
-    def __call__(self, module: nn.Module, inputs: Any) -> Any:
-        return (inputs[0].to(self.dtype), *inputs[1:])
+def _images_to(dtype: torch.dtype, module: nn.Module, inputs: Any) -> Any:
+    images, *others = inputs
+    return (images.to(dtype), *others)
 
 
 def _predictions_to_float32(

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..checks import check_range
-from ..device import Fused, is_compiling
+from ..device import CompiledWhereSupported, is_compiling
 from ..predictions import FlatMaps, Places, gather
 
 # From here on sigmoid(x) is 1 and softplus(x) is x in float32; exp(x) would overflow at 88.7.
@@ -294,7 +294,7 @@ def _background_sum(
     return (factor * softplus).sum()
 
 
-_compiled_background_sum = Fused(_background_sum)
+_compiled_background_sum = CompiledWhereSupported(_background_sum)
 
 
 def _masks_per_level(

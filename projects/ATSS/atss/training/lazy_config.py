@@ -16,14 +16,10 @@ from detectron2.utils import comm
 
 from ..checkpoint.checkpointer import ATSSCheckpointer, load_or_resume, load_to_evaluate
 from ..data import register_from_arguments
+from ..device import compile_dense_parts
 from ..inference_mode.prepare import prepare_as_configured
 from ..tta import ATSSWithTTA, make_views, release_views
-from .loop import (
-    StepTrainer,
-    autocast_dtype,
-    compile_dense_parts,
-    create_ddp_model,
-)
+from .loop import StepTrainer, autocast_dtype, create_ddp_model
 
 __all__ = [
     "apply_overrides",

@@ -10,12 +10,12 @@ from torch.nn.parallel import DistributedDataParallel
 from detectron2.engine import SimpleTrainer
 from detectron2.utils import comm
 
+from ..device import has_fast_bfloat16
+
 __all__ = [
     "StepTrainer",
     "autocast_dtype",
-    "compile_dense_parts",
     "create_ddp_model",
-    "has_fast_bfloat16",
     "make_grad_scaler",
 ]
 
@@ -54,21 +54,6 @@ def autocast_dtype(enabled: bool, precision: str, device: torch.device) -> Optio
     return _DTYPES[precision]
 
 
-def has_fast_bfloat16(device: torch.device) -> bool:
-    """Whether bfloat16 is faster than float32 on a device, by its instruction set."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported()
-    try:
-        with open("/proc/cpuinfo") as file:
-            return any(
-                "avx512_bf16" in line or "amx_bf16" in line
-                for line in file
-                if line.startswith("flags")
-            )
-    except OSError:
-        return False
-
-
 def make_grad_scaler(dtype: Optional[torch.dtype]) -> Optional[Any]:
     """Scaler of gradients for an autocast type.
 
@@ -85,34 +70,6 @@ def make_grad_scaler(dtype: Optional[torch.dtype]) -> Optional[Any]:
     if hasattr(torch.amp, "GradScaler"):
         return torch.amp.GradScaler("cuda")
     return torch.cuda.amp.GradScaler()  # torch < 2.3
-
-
-def compile_dense_parts(model: nn.Module, dynamic: Optional[bool] = None) -> nn.Module:
-    """Let backbone and dense head run through `torch.compile`; the rest stays as it is.
-
-    Names of parameters stay, so checkpoints fit. The first step takes minutes. On a CPU this needs
-    a C++ compiler.
-
-    Args:
-        model: `ATSSDetector` or a two-stage model; changed in place.
-        dynamic: compile for images of any size at once; None compiles for the first size, and for
-            any size when there is a second.
-
-    Returns:
-        The model.
-
-    Raises:
-        ValueError: for a torch that cannot compile a module in place.
-    """
-    if not hasattr(nn.Module, "compile"):
-        raise ValueError(
-            f"torch {torch.__version__} cannot compile parts of a model, 2.2 can. Update it, "
-            "or set train.compile and train.prepare.compile (SOLVER.COMPILE, TEST.PREPARE.COMPILE) "
-            "to False."
-        )
-    for part in (model.backbone, model.proposal_generator.head):
-        part.compile(dynamic=dynamic)
-    return model
 
 
 class StepTrainer(SimpleTrainer):

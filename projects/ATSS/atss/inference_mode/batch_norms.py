@@ -1,7 +1,7 @@
-"""Which normalisation is only a scale and a shift by now, and can move into the convolution before?
+"""Folding batch norms with fixed statistics into the convolutions before them.
 
-Batch norm with fixed statistics is. Folded, it costs nothing, neither time nor memory traffic.
-GroupNorm computes its statistics from every image and stays.
+With fixed statistics a norm is a scale and a shift of its input, which the weights and bias of the
+convolution can hold. GroupNorm computes its statistics from every image and stays.
 """
 
 from collections import Counter
@@ -13,16 +13,14 @@ from detectron2.layers import FrozenBatchNorm2d
 
 from ..layers import DeformConv2d
 
-__all__ = ["fold_batch_norms"]
-
 
 @torch.no_grad()
 def fold_batch_norms(model: nn.Module) -> int:
-    """Move every frozen or evaluated batch norm into the convolution whose output it takes.
+    """Fold every batch norm that is frozen, or in evaluation mode, into the convolution before it.
 
     Folds norms that a convolution holds itself, as Detectron2's `Conv2d` and our `DeformConv2d` do
-    (`conv.norm`), and those that follow a convolution in an `nn.Sequential`. Other norms, and
-    convolutions that several places share with norms of their own, stay as they are.
+    (`conv.norm`), and those that follow a convolution in an `nn.Sequential`. Other norms stay, and
+    so do those after a convolution that several places share.
 
     Args:
         model: in evaluation mode; changed in place.
@@ -41,8 +39,8 @@ def fold_batch_norms(model: nn.Module) -> int:
             continue
         for i in range(len(module) - 1):
             conv, norm = module[i], module[i + 1]
-            is_bare = _is_convolution(conv) and not _has_own_tail(conv)
-            if is_bare and _is_fixed(norm) and owners[id(conv)] == 1:
+            is_plain = _is_convolution(conv) and not _has_norm_or_activation(conv)
+            if is_plain and _is_fixed(norm) and owners[id(conv)] == 1:
                 _fold(conv, norm)
                 module[i + 1] = nn.Identity()
                 count += 1
@@ -53,8 +51,7 @@ def _is_convolution(module: nn.Module) -> bool:
     return isinstance(module, (nn.Conv2d, DeformConv2d))
 
 
-def _has_own_tail(conv: nn.Module) -> bool:
-    """Whether a convolution applies something to its result, so that what follows is not linear."""
+def _has_norm_or_activation(conv: nn.Module) -> bool:
     activation = getattr(conv, "activation", None)
     has_activation = activation is not None and not isinstance(activation, nn.Identity)
     return getattr(conv, "norm", None) is not None or has_activation
