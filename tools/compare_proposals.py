@@ -12,10 +12,10 @@ import argparse
 import os
 import time
 
-from atss.checkpoint.checkpointer import ATSSCheckpointer
+from atss.checkpoint import ATSSCheckpointer
 from atss.data import register_toy_shapes
 from atss.model_zoo import get_config
-from atss.training.lazy_config import build_model, train_lazy
+from atss.training import build_model, train_lazy
 
 from detectron2.config import LazyCall as L
 from detectron2.config import instantiate

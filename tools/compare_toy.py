@@ -17,8 +17,7 @@ from pathlib import Path
 import torch
 from atss.data import register_toy_shapes
 from atss.model_zoo import config_file
-from atss.training.lazy_config import build_model, evaluate_lazy, load_lazy_config
-from atss.training.loop import autocast_dtype
+from atss.training import autocast_dtype, build_model, evaluate_lazy, load_lazy_config
 from torch import nn
 
 from detectron2.config import LazyCall as L

@@ -9,13 +9,13 @@ import torch
 from atss.backbone import resnet_fpn
 from atss.checkpoint import (
     CheckpointError,
-    apply_overrides,
     check_pickle,
     convert_checkpoint,
     detect_source,
     fetch,
     num_classes_of,
     override_config,
+    override_model,
     read_checkpoint,
     rehead,
     write_checkpoint,
@@ -227,7 +227,7 @@ def test_turned_channels_compute_the_same():
         "model.pixel_mean": [1.0, 2.0, 3.0],
         "model.pixel_std": [60.0] * 3,
     }
-    applied, _ = apply_overrides(bgr, overrides, weights)
+    applied, _ = override_model(bgr, overrides, weights)
     bgr.load_state_dict(weights)
     image = torch.rand(3, 64, 64) * 255
     with torch.no_grad():
@@ -242,21 +242,21 @@ def test_overrides_change_what_the_model_computes_with():
         backbone=resnet_fpn(50, stem_out_channels=32, res2_out_channels=32, out_channels=64)
     )
     overrides = convert_checkpoint(meta(mmdet_shapes())).overrides
-    _, changes = apply_overrides(model, overrides, {})
+    _, changes = override_model(model, overrides, {})
     core, backbone = model.proposal_generator, model.backbone
     assert core.anchor_generator.offset == 0.0 and core.sqrt_score is False
     assert backbone.top_block.relu_before_p7 is False
     block = backbone.bottom_up.res3[0]
     assert (block.conv1.stride, block.conv2.stride) == ((1, 1), (2, 2))
     assert any("relu_before_p7" in change for change in changes)
-    _, changes = apply_overrides(model, overrides, {})
+    _, changes = override_model(model, overrides, {})
     assert not [change for change in changes if "turned" not in change and "pixel" not in change]
 
 
 def test_a_model_without_place_for_the_geometry_is_a_conflict():
     model = torch.nn.Linear(1, 1)
     with pytest.raises(ValueError, match="model.box_offset=0.5"):
-        apply_overrides(model, {"model.box_offset": 0.5}, {})
+        override_model(model, {"model.box_offset": 0.5}, {})
 
 
 class Evil:

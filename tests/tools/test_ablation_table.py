@@ -13,7 +13,7 @@ from ablation_report import orderings, plot, results_table, write_report
 from ablation_rows import find_rows, measured_ap, select_rows
 from ablation_toy import AXES, Settings, fingerprint, run_rows, toy_config
 from atss.model_zoo import config_file
-from atss.training.lazy_config import load_lazy_config
+from atss.training import load_lazy_config
 from conftest import REPO
 
 ROWS = find_rows()

@@ -12,7 +12,7 @@ from ablation_differences import OUTPUT_DIR, difference, faults, flatten, showin
 from ablation_rows import CONFIGS, find_rows, load_parent, load_row, select_rows
 from atss import model_zoo
 from atss.assigners.ssc import FCOS_SIZE_RANGES
-from atss.training.lazy_config import evaluate_lazy
+from atss.training import evaluate_lazy
 from conftest import REPO, make_input
 from test_configs import TWINS, authors_names, golden_recipe, group_summary
 

@@ -1,10 +1,18 @@
-"""Which learning rate and decay does each parameter get? (recipe of Sec. 4)"""
+"""Parameter groups: the learning rate and decay of each parameter (recipe of Sec. 4)."""
 
 from typing import Any, Dict, List, Optional
 
 from torch import nn
 
-__all__ = ["get_optimizer_params"]
+_NORMS = (
+    nn.BatchNorm1d,
+    nn.BatchNorm2d,
+    nn.BatchNorm3d,
+    nn.SyncBatchNorm,
+    nn.GroupNorm,
+    nn.InstanceNorm2d,
+    nn.LayerNorm,
+)
 
 
 def get_optimizer_params(
@@ -54,14 +62,3 @@ def get_optimizer_params(
     if not groups:
         raise ValueError("The model has no parameter that requires a gradient: nothing to train.")
     return list(groups.values())
-
-
-_NORMS = (
-    nn.BatchNorm1d,
-    nn.BatchNorm2d,
-    nn.BatchNorm3d,
-    nn.SyncBatchNorm,
-    nn.GroupNorm,
-    nn.InstanceNorm2d,
-    nn.LayerNorm,
-)

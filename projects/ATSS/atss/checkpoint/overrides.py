@@ -1,13 +1,15 @@
-"""Where does the geometry of converted weights go: into a config, or into a model that is built?"""
+"""Geometry of converted weights: put into a config, or into a model that is already built."""
 
+from operator import attrgetter
 from typing import Any, Callable, Dict, List, Mapping, Tuple
 
 import torch
+from omegaconf import OmegaConf
 from torch import Tensor, nn
 
 from detectron2.layers import FrozenBatchNorm2d
 
-__all__ = ["apply_overrides", "override_config", "yacs_overrides"]
+OVERRIDES_KEY = "atss_overrides"  # of a checkpoint that remembers them
 
 _STEM = "backbone.bottom_up.stem.conv1.weight"
 
@@ -46,19 +48,14 @@ def override_config(cfg, overrides: Mapping[str, Any]):
         `cfg`.
     """
     if hasattr(cfg, "merge_from_list"):
-        flat: List[Any] = []
-        for key, value in yacs_overrides(overrides).items():
-            flat += [key, value]
-        cfg.merge_from_list(flat)
-        return cfg
-    from omegaconf import OmegaConf
-
-    for key, value in overrides.items():
-        OmegaConf.update(cfg, key, value, force_add=True)
+        cfg.merge_from_list([part for item in yacs_overrides(overrides).items() for part in item])
+    else:
+        for key, value in overrides.items():
+            OmegaConf.update(cfg, key, value, force_add=True)
     return cfg
 
 
-def apply_overrides(
+def override_model(
     model: nn.Module, overrides: Mapping[str, Any], state_dict: Dict[str, Tensor]
 ) -> Tuple[Dict[str, Any], List[str]]:
     """Give a built model the geometry of the weights it is about to load.
@@ -93,7 +90,7 @@ def apply_overrides(
         changes.append(f"first convolution turned from {input_format} to {model_format}")
     for key, value in overrides.items():
         try:
-            before = _SETTERS[key](model, value) if key in _SETTERS else value
+            before = _SETTERS.get(key, _keep)(model, value)
         except AttributeError as error:
             raise _conflict(key, value, str(error)) from error
         if before != value:
@@ -109,26 +106,33 @@ def _conflict(key: str, value: Any, reason: str) -> ValueError:
     )
 
 
-def _attribute(*path: str) -> Callable[[nn.Module, Any], Any]:
-    """Setter of a plain attribute, found by its path; returns the value before."""
+# Setters take the model and a value, and return the value before.
+_Setter = Callable[[nn.Module, Any], Any]
+
+
+def _keep(model: nn.Module, value: Any) -> Any:
+    return value
+
+
+def _attribute(owner: str, name: str) -> _Setter:
+    """Setter of a plain attribute of the part at a dotted path."""
 
     def set_value(model: nn.Module, value: Any) -> Any:
-        owner: Any = model
-        for name in path[:-1]:
-            owner = getattr(owner, name)
-        before = getattr(owner, path[-1])
-        setattr(owner, path[-1], value)
+        part = attrgetter(owner)(model)
+        before = getattr(part, name)
+        setattr(part, name, value)
         return before
 
     return set_value
 
 
-def _set_pixels(name: str) -> Callable[[nn.Module, Any], Any]:
+def _pixels(name: str) -> _Setter:
+    """Setter of a buffer with a value per channel."""
+
     def set_value(model: nn.Module, value: Any) -> Any:
         buffer = getattr(model, name)
         new = torch.tensor(value, dtype=buffer.dtype, device=buffer.device).view_as(buffer)
-        is_same = torch.equal(buffer, new)
-        before = value if is_same else buffer.flatten().tolist()
+        before = value if torch.equal(buffer, new) else buffer.flatten().tolist()
         buffer.copy_(new)
         return before
 
@@ -150,7 +154,7 @@ def _set_stride_in_1x1(model: nn.Module, value: bool) -> bool:
         block = stage[0]
         if not hasattr(block, "conv3"):
             continue  # basic blocks have no 1x1
-        on_1x1, on_3x3 = (block.conv1.stride, block.conv2.stride)
+        on_1x1, on_3x3 = block.conv1.stride, block.conv2.stride
         before = on_1x1 != (1, 1)
         if before == value:
             continue
@@ -160,13 +164,13 @@ def _set_stride_in_1x1(model: nn.Module, value: bool) -> bool:
     return before
 
 
-_SETTERS: Dict[str, Callable[[nn.Module, Any], Any]] = {
-    "model.pixel_mean": _set_pixels("pixel_mean"),
-    "model.pixel_std": _set_pixels("pixel_std"),
+_SETTERS: Dict[str, _Setter] = {
+    "model.pixel_mean": _pixels("pixel_mean"),
+    "model.pixel_std": _pixels("pixel_std"),
     "model.box_offset": _attribute("proposal_generator", "box_offset"),
     "model.sqrt_score": _attribute("proposal_generator", "sqrt_score"),
-    "model.anchor_generator.offset": _attribute("proposal_generator", "anchor_generator", "offset"),
-    "model.backbone.relu_before_p7": _attribute("backbone", "top_block", "relu_before_p7"),
+    "model.anchor_generator.offset": _attribute("proposal_generator.anchor_generator", "offset"),
+    "model.backbone.relu_before_p7": _attribute("backbone.top_block", "relu_before_p7"),
     "model.backbone.frozen_bn_eps": _set_frozen_bn_eps,
     "model.backbone.stride_in_1x1": _set_stride_in_1x1,
 }

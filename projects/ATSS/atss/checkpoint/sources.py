@@ -1,4 +1,4 @@
-"""What are parameters called elsewhere, and which geometry were they trained with?
+"""Other code bases: their names for our parameters, and the geometry they train with.
 
 The release (github.com/sfzhang15/ATSS) has the names of maskrcnn-benchmark; mmdetection's are the
 same in 2.x and 3.x; a bare ResNet has torchvision's.
@@ -6,9 +6,7 @@ same in 2.x and 3.x; a bare ResNet has torchvision's.
 
 from typing import Any, Dict, Mapping
 
-from .rules import Rule, Source
-
-__all__ = ["AUTHOR", "MMDET", "SOURCES", "TORCHVISION", "overrides_of"]
+from .key_maps import Rule, Source
 
 _BOTTOM_UP = "backbone.bottom_up"
 _HEAD = "proposal_generator.head"

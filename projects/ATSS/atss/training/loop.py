@@ -1,4 +1,4 @@
-"""What happens in one step of training, on any device and in any precision?"""
+"""One step of training, on any device and in any precision."""
 
 import time
 from typing import Any, Dict, Iterable, Optional
@@ -9,15 +9,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 from detectron2.engine import SimpleTrainer
 from detectron2.utils import comm
-
-__all__ = [
-    "StepTrainer",
-    "autocast_dtype",
-    "compile_dense_parts",
-    "create_ddp_model",
-    "has_fast_bfloat16",
-    "make_grad_scaler",
-]
 
 _DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 

@@ -1,10 +1,8 @@
-"""How is a map between two sets of names declared, so that it can be read both ways?"""
+"""Maps between two sets of parameter names, declared once and read both ways."""
 
 import re
 from functools import cache
 from typing import Collection, Dict, NamedTuple, Optional, Sequence, Tuple
-
-__all__ = ["Rule", "Source", "translate"]
 
 _FIELD = re.compile(r"\{(?:(\d+)\*)?([a-z]+)(?:\+(\d+))?\}")
 
