@@ -1,7 +1,7 @@
 """Geometry of converted weights: put into a config, or into a model that is already built."""
 
 from operator import attrgetter
-from typing import Any, Callable, Dict, List, Mapping, Tuple
+from typing import Any, Dict, List, Mapping, Tuple
 
 import torch
 from omegaconf import OmegaConf
@@ -23,6 +23,13 @@ _YACS_KEYS = {
     "model.backbone.relu_before_p7": "MODEL.ATSS.RELU_BEFORE_P7",
     "model.backbone.frozen_bn_eps": "MODEL.ATSS.FROZEN_BN_EPS",
     "model.backbone.stride_in_1x1": "MODEL.RESNETS.STRIDE_IN_1X1",
+}
+# Where a built model keeps the entries that are plain attributes.
+_ATTRIBUTES = {
+    "model.box_offset": "proposal_generator.box_offset",
+    "model.sqrt_score": "proposal_generator.sqrt_score",
+    "model.anchor_generator.offset": "proposal_generator.anchor_generator.offset",
+    "model.backbone.relu_before_p7": "backbone.top_block.relu_before_p7",
 }
 
 
@@ -90,7 +97,7 @@ def override_model(
         changes.append(f"first convolution turned from {input_format} to {model_format}")
     for key, value in overrides.items():
         try:
-            before = _SETTERS.get(key, _keep)(model, value)
+            before = _set(model, key, value)
         except AttributeError as error:
             raise _conflict(key, value, str(error)) from error
         if before != value:
@@ -106,50 +113,30 @@ def _conflict(key: str, value: Any, reason: str) -> ValueError:
     )
 
 
-# Setters take the model and a value, and return the value before.
-_Setter = Callable[[nn.Module, Any], Any]
-
-
-def _keep(model: nn.Module, value: Any) -> Any:
-    return value
-
-
-def _attribute(owner: str, name: str) -> _Setter:
-    """Setter of a plain attribute of the part at a dotted path."""
-
-    def set_value(model: nn.Module, value: Any) -> Any:
-        part = attrgetter(owner)(model)
-        before = getattr(part, name)
-        setattr(part, name, value)
-        return before
-
-    return set_value
-
-
-def _pixels(name: str) -> _Setter:
-    """Setter of a buffer with a value per channel."""
-
-    def set_value(model: nn.Module, value: Any) -> Any:
-        buffer = getattr(model, name)
+def _set(model: nn.Module, key: str, value: Any) -> Any:
+    """Set an entry in a built model; the value before, `value` itself if nothing changed."""
+    before = value
+    if key in _ATTRIBUTES:
+        path, _, name = _ATTRIBUTES[key].rpartition(".")
+        owner = attrgetter(path)(model)
+        before = getattr(owner, name)
+        setattr(owner, name, value)
+    elif key in ("model.pixel_mean", "model.pixel_std"):
+        buffer = attrgetter(key[len("model.") :])(model)
         new = torch.tensor(value, dtype=buffer.dtype, device=buffer.device).view_as(buffer)
         before = value if torch.equal(buffer, new) else buffer.flatten().tolist()
         buffer.copy_(new)
-        return before
-
-    return set_value
-
-
-def _set_frozen_bn_eps(model: nn.Module, value: float) -> float:
-    before = value
-    for module in model.backbone.modules():
-        if isinstance(module, FrozenBatchNorm2d):
-            before, module.eps = module.eps, value
+    elif key == "model.backbone.frozen_bn_eps":
+        for module in model.backbone.modules():
+            if isinstance(module, FrozenBatchNorm2d):
+                before, module.eps = module.eps, value
+    elif key == "model.backbone.stride_in_1x1":
+        before = _set_stride_in_1x1(model.backbone.bottom_up, value)
     return before
 
 
-def _set_stride_in_1x1(model: nn.Module, value: bool) -> bool:
+def _set_stride_in_1x1(bottom_up: nn.Module, value: bool) -> bool:
     before = value
-    bottom_up = model.backbone.bottom_up
     for stage in (bottom_up.res3, bottom_up.res4, bottom_up.res5):
         block = stage[0]
         if not hasattr(block, "conv3"):
@@ -162,15 +149,3 @@ def _set_stride_in_1x1(model: nn.Module, value: bool) -> bool:
         if hasattr(block, "conv2_offset"):
             block.conv2_offset.stride = on_1x1
     return before
-
-
-_SETTERS: Dict[str, _Setter] = {
-    "model.pixel_mean": _pixels("pixel_mean"),
-    "model.pixel_std": _pixels("pixel_std"),
-    "model.box_offset": _attribute("proposal_generator", "box_offset"),
-    "model.sqrt_score": _attribute("proposal_generator", "sqrt_score"),
-    "model.anchor_generator.offset": _attribute("proposal_generator.anchor_generator", "offset"),
-    "model.backbone.relu_before_p7": _attribute("backbone.top_block", "relu_before_p7"),
-    "model.backbone.frozen_bn_eps": _set_frozen_bn_eps,
-    "model.backbone.stride_in_1x1": _set_stride_in_1x1,
-}
