@@ -22,7 +22,7 @@ from detectron2.checkpoint import DetectionCheckpointer
 
 
 def save_as(model, source, path):
-    """A file of the model's weights as another code base would write it."""
+    """The weights of a model in a file as another code base would write it."""
     weights = convert_checkpoint(model.state_dict(), target=source).state_dict
     if source == "author":
         torch.save({"model": {f"module.{k}": v for k, v in weights.items()}}, path)
@@ -49,7 +49,7 @@ def assert_detect_the_same(model, inputs, other, other_inputs, rtol=None, atol=N
 
 
 def lively_detector(**changes):
-    """A tiny detector that does find something."""
+    """A tiny detector that finds something."""
     model = tiny_detector(**changes)
     torch.nn.init.normal_(model.proposal_generator.head.cls_logits.weight, std=0.3)
     torch.nn.init.normal_(model.proposal_generator.head.bbox_pred.weight, std=0.1)

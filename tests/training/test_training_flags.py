@@ -111,7 +111,7 @@ def test_device_of_the_config_decides_how_workers_talk(monkeypatch):
     monkeypatch.setattr(
         launch.multiprocessing, "spawn", lambda *args, **kwargs: spawned.append(kwargs["nprocs"])
     )
-    launch.launch(print, 2, device="cpu")  # more processes than GPUs, which the CPU does not mind
+    launch.launch(print, 2, device="cpu")  # more processes than GPUs, which the CPU allows
     assert spawned == [2]
     with pytest.raises(ValueError, match="2 processes need as many GPUs, this machine has 1"):
         launch.launch(print, 2, device="cuda")

@@ -17,13 +17,12 @@ logger = logging.getLogger(__name__)
 class ATSSCheckpointer(DetectionCheckpointer):
     """Detectron2's checkpointer, except that weights that match nothing are an error.
 
-    Detectron2 logs a warning and trains from random weights, which shows days later.
+    Detectron2 logs a warning and trains from random weights, which is noticed days later.
 
     Weights of the authors, of mmdetection and of torchvision's ResNets are recognised and converted
-    while loading, and the model gets the geometry they were trained with, each change in the log;
-    checkpoints saved later remember it. Files are read without running code of theirs
-    (`read_checkpoint`); zoo files at `detectron2://` and `catalog://` go to Detectron2's own loader
-    unchecked.
+    while loading. The model gets the geometry they were trained with; each change is logged, and
+    checkpoints saved later keep it. Files are read without running their code (`read_checkpoint`);
+    zoo files at `detectron2://` and `catalog://` go to Detectron2's own loader unchecked.
     """
 
     def __init__(self, *args, **kwargs):

@@ -52,7 +52,7 @@ def convert_checkpoint(
 ) -> Converted:
     """Weights of another code base in our names, or ours in theirs.
 
-    Values are passed on, not changed and not copied; only one-element scales change their shape.
+    Values are neither changed nor copied; only one-element scales change their shape.
     mmdetection's towers have no bias: they get one of zeros, which computes the same, so that every
     source fits the same model.
 
@@ -107,7 +107,7 @@ def num_classes_of(state_dict: Mapping[str, Tensor]) -> Optional[int]:
 def rehead(
     state_dict: Mapping[str, Tensor], num_classes: int, prior_prob: float = 0.01
 ) -> Tuple[Dict[str, Tensor], List[str]]:
-    """Weights for another number of classes: the class predictor starts anew, the same every time.
+    """Weights for another number of classes: the class predictor is re-initialised, seeded.
 
     Args:
         state_dict: in our names.

@@ -15,7 +15,7 @@ import torch
 from detectron2.utils.file_io import PathManager
 
 _HASH_SUFFIX = re.compile(r"-([0-9a-f]{8,64})\.pth$")
-# How PyTorch's reader words it when a file asks for more than tensors and plain values.
+# Words of PyTorch's reader for a file that asks for more than tensors and plain values.
 _NEEDS_CODE = ("GLOBAL", "Unsupported class", "was not an allowed global")
 # What numpy needs to rebuild arrays; none of it runs code of the file.
 _HARMLESS = {
@@ -56,7 +56,7 @@ def read_checkpoint(path: str) -> Dict[str, Any]:
                 f"({_first_line(error)})"
             ) from error
         raise _corrupt(path, error) from error
-    except Exception as error:  # what a file that is none raises depends on PyTorch's version
+    except Exception as error:  # a file that is no checkpoint raises nearly anything
         raise _corrupt(path, error) from error
     if not isinstance(content, dict):
         raise CheckpointError(

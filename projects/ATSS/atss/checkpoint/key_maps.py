@@ -32,7 +32,7 @@ class Source(NamedTuple):
 
     Attributes:
         name: as `convert_checkpoint` takes it.
-        title: for people.
+        title: its name in messages.
         marks: regular expressions of names; all must occur for weights to be recognised.
         rules: the map; the first rule that fits a name counts.
         dropped: (regular expression of names, reason) of what has no place here.

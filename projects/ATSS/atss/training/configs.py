@@ -127,8 +127,8 @@ def load_lazy_config(config_file: str, overrides: Sequence[str] = ()) -> DictCon
 def update_lazy_config(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
     """Set config entries, refusing those that nothing reads.
 
-    Entries of a part (a node with a `_target_`) may be new, since its constructor has the last
-    word; everywhere else the key must exist.
+    Entries of a part (a node with a `_target_`) may be new, since its constructor checks them;
+    everywhere else the key must exist.
 
     Args:
         cfg: changed in place.

@@ -63,7 +63,7 @@ def has_fast_bfloat16(device: torch.device) -> bool:
 def make_grad_scaler(dtype: Optional[torch.dtype]) -> Optional[Any]:
     """Scaler of gradients for an autocast type.
 
-    Only float16 needs one, whose range gradients leave; bfloat16 has that of float32.
+    Only float16 needs one: small gradients become 0 in it. bfloat16 has the range of float32.
 
     Args:
         dtype: as `autocast_dtype` gives it.
