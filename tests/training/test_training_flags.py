@@ -13,6 +13,7 @@ from atss.trainer import Trainer
 from atss.training import (
     build_model,
     choose_data,
+    configs,
     evaluate_checkpoint,
     launch,
     load_lazy_config,
@@ -62,6 +63,17 @@ def test_evaluating_without_weights_is_refused_with_both_ways_out():
             match="--eval-only has no weights.*train.init_checkpoint.*MODEL.WEIGHTS.*--resume",
         ):
             evaluate(cfg)
+
+
+@pytest.mark.parametrize("name", ["atss_toy", "faster_rcnn_atss_toy"])
+def test_both_kinds_of_config_take_your_data_and_its_classes(name, data):
+    for load, suffix in ((load_lazy_config, ".py"), (load_yaml_config, ".yaml")):
+        cfg = load(str(REPO / "configs/toy" / name) + suffix)
+        choose_data(cfg, argparse.Namespace(**data))
+        model = build_model(cfg)
+        final = model.roi_heads if "rcnn" in name else model.proposal_generator.head
+        assert final.num_classes == 2
+        assert configs.get_setting(cfg, "train_sets")[0] == "own_train"
 
 
 @pytest.mark.parametrize("tool", TOOLS)

@@ -54,12 +54,12 @@ def key_of(cfg: Config, name: str) -> str:
     return _KEYS[name][is_yaml]
 
 
-def get_setting(cfg: Config, name: str, default: Any = None) -> Any:
-    """A setting, or `default` in a config without the key, saved by an older version."""
+def get_setting(cfg: Config, name: str, *default: Any) -> Any:
+    """A setting, or the default, if given, in a config without the key (of an older version)."""
     value: Any = cfg
     for part in key_of(cfg, name).split("."):
-        if part not in value:
-            return default
+        if default and part not in value:
+            return default[0]
         value = value[part]
     return value
 

@@ -30,7 +30,7 @@ def build_model(cfg: Config) -> nn.Module:
         model = build_yaml_model(cfg)
     else:
         model = instantiate(cfg.model).to(available_device(cfg))
-    if get_setting(cfg, "channels_last"):
+    if get_setting(cfg, "channels_last", False):
         model = model.to(memory_format=torch.channels_last)
     return model
 
@@ -44,7 +44,7 @@ def build_step_trainer(
         ValueError: see `compile_dense_parts`, `autocast_dtype`.
     """
     logger.info("Model:\n%s", model)
-    if get_setting(cfg, "compile"):
+    if get_setting(cfg, "compile", False):
         compile_dense_parts(model)
     device = next(model.parameters()).device
     precision = get_setting(cfg, "amp_precision", "float16")
@@ -114,7 +114,7 @@ def evaluate_checkpoint(
     Raises:
         FileNotFoundError, ValueError: no weights, or see `load_or_resume`, `prepare_as_configured`.
     """
-    weights, prepare_settings = get_setting(cfg, "weights"), get_setting(cfg, "prepare", {})
+    weights = get_setting(cfg, "weights")
     if not weights and not resume:
         raise ValueError(
             "--eval-only has no weights, and would evaluate random ones. Name a checkpoint in "
@@ -123,11 +123,11 @@ def evaluate_checkpoint(
         )
     model = build(cfg)
     load_or_resume(ATSSCheckpointer(model, get_setting(cfg, "output_dir")), weights, resume)
-    if prepare_settings:
-        settings = {key.lower(): value for key, value in prepare_settings.items()}
-        model = prepare.prepare_as_configured(model, settings)
+    settings = get_setting(cfg, "prepare", {"enabled": False})
+    settings = {key.lower(): value for key, value in settings.items()}
+    model = prepare.prepare_as_configured(model, settings)
     results = evaluate(cfg, model) or {}
-    if get_setting(cfg, "tta"):
+    if get_setting(cfg, "tta", False):
         results.update(evaluate_tta(cfg, model))
     return results
 
