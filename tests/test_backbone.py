@@ -8,7 +8,7 @@ from atss.backbone import DeformBottleneckBlock, resnet_fpn
 from atss.head import ATSSHead
 from atss.layers import DeformConv2d
 from atss.model_zoo import get_config
-from atss.training.yaml_config import load_yaml_config
+from atss.training import load_yaml_config
 from conftest import REPO, make_input
 
 from detectron2.config import instantiate

@@ -8,8 +8,7 @@ from atss import model_zoo
 from atss.assigners import ATSSAssigner
 from atss.optimizer import get_optimizer_params
 from atss.trainer import Trainer
-from atss.training.lazy_config import apply_overrides, load_lazy_config
-from atss.training.yaml_config import load_yaml_config
+from atss.training import load_lazy_config, load_yaml_config, update_lazy_config
 from conftest import GOLDEN, REPO, STRIDES
 from torch import nn
 
@@ -270,7 +269,7 @@ def test_every_part_can_be_overridden_in_a_line():
 def test_lazy_overrides_that_change_nothing_are_refused(override, words):
     cfg = model_zoo.get_config("toy/atss_toy")
     with pytest.raises(ValueError, match=words):
-        apply_overrides(cfg, [override])
+        update_lazy_config(cfg, [override])
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ import torch
 from atss import ATSS, ATSSDetector
 from atss.model_zoo import get_config
 from atss.postprocessing import DetectionSelector
-from atss.training.yaml_config import load_yaml_config
+from atss.training import load_yaml_config
 from conftest import REPO, make_input
 
 from detectron2.config import instantiate

@@ -17,10 +17,10 @@ from typing import Any, Dict, List, Optional, Tuple
 import torch
 from _markdown import markdown_table
 from _reference_models import NO_FCOS, fcos, has_fcos, retinanet, rpn
-from atss.checkpoint.checkpointer import ATSSCheckpointer
+from atss.checkpoint import ATSSCheckpointer
 from atss.data import register_toy_shapes
 from atss.model_zoo import config_file
-from atss.training.lazy_config import build_model, evaluate_lazy, load_lazy_config, train_lazy
+from atss.training import build_model, evaluate_lazy, load_lazy_config, train_lazy
 from atss.training.loop import autocast_dtype
 from omegaconf import DictConfig
 from torch import Tensor, nn

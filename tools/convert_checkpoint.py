@@ -18,7 +18,7 @@ from atss.checkpoint import (
     yacs_overrides,
 )
 from atss.model_zoo import config_file
-from atss.training.lazy_config import load_lazy_config
+from atss.training import load_lazy_config
 
 from detectron2.config import instantiate
 

@@ -18,10 +18,10 @@ from typing import Any, Dict, List
 
 import cv2
 import torch
-from atss.checkpoint.checkpointer import ATSSCheckpointer
+from atss.checkpoint import ATSSCheckpointer
 from atss.data import register_toy_shapes
 from atss.model_zoo import config_file
-from atss.training.lazy_config import build_model, load_lazy_config, train_lazy
+from atss.training import build_model, load_lazy_config, train_lazy
 from atss.visualization import draw_assignment, draw_detections, plot_training, tile
 
 from detectron2.data import DatasetCatalog, MetadataCatalog

@@ -19,7 +19,7 @@ from typing import List, Optional, Tuple
 
 import cv2
 import torch
-from atss.checkpoint.checkpointer import ATSSCheckpointer, load_or_resume
+from atss.checkpoint import ATSSCheckpointer, load_or_resume
 from atss.export.check import (
     check_sizes,
     compare_with_eager,
@@ -31,8 +31,7 @@ from atss.export.metadata import class_names_of, describe, resize_rule, write_me
 from atss.export.operators import MissingOperatorError
 from atss.export.samples import spread_scores
 from atss.model_zoo import config_file, get_checkpoint_url
-from atss.training.lazy_config import load_lazy_config
-from atss.training.yaml_config import load_yaml_config
+from atss.training import load_lazy_config, load_yaml_config
 from torch import nn
 
 from detectron2.config import instantiate

@@ -7,12 +7,13 @@
         --train-json train.json --train-images train/ --val-json val.json --val-images val/
 """
 
-from atss.training.command_line import run, training_parser
-from atss.training.lazy_config import (
+from atss.training import (
     choose_data,
     evaluate_checkpoint,
     load_lazy_config,
+    run,
     train_lazy,
+    training_parser,
 )
 
 from detectron2.engine import default_setup

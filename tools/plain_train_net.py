@@ -11,17 +11,20 @@ step is in `do_train`.
 import logging
 
 import torch
-from atss.checkpoint.checkpointer import ATSSCheckpointer, load_or_resume
+from atss.checkpoint import ATSSCheckpointer, load_or_resume
 from atss.device import compile_dense_parts
-from atss.training.command_line import run, training_parser
-from atss.training.lazy_config import (
+from atss.training import (
+    autocast_dtype,
     build_model,
     choose_data,
+    create_ddp_model,
     evaluate_checkpoint,
     evaluate_lazy,
     load_lazy_config,
+    make_grad_scaler,
+    run,
+    training_parser,
 )
-from atss.training.loop import autocast_dtype, create_ddp_model, make_grad_scaler
 from fvcore.common.checkpoint import PeriodicCheckpointer
 
 from detectron2.config import instantiate

@@ -8,8 +8,7 @@
 """
 
 from atss.trainer import Trainer
-from atss.training.command_line import run, training_parser
-from atss.training.yaml_config import choose_data, load_yaml_config
+from atss.training import choose_data, load_yaml_config, run, training_parser
 
 from detectron2.engine import default_setup
 

@@ -1,22 +1,29 @@
 """Loading: foreign weights through the checkpointer and by name, and the conversion tool."""
 
 import hashlib
-import importlib.util
 import logging
 import os
 
 import pytest
 import torch
 from atss import model_zoo
-from atss.checkpoint import CheckpointError, convert_checkpoint, read_checkpoint
-from atss.checkpoint.checkpointer import ATSSCheckpointer, load_or_resume
-from conftest import REPO, make_input, tiny_detector
+from atss.checkpoint import (
+    OVERRIDES_KEY,
+    ATSSCheckpointer,
+    CheckpointError,
+    convert_checkpoint,
+    load_or_resume,
+    read_checkpoint,
+)
+from atss.postprocessing import DetectionSelector
+from conftest import make_input, tiny_detector
+from convert_checkpoint import main as convert_tool
 
 from detectron2.checkpoint import DetectionCheckpointer
 
 
 def save_as(model, source, path):
-    """A file of the model's weights as another code base would write it."""
+    """The weights of a model in a file as another code base would write it."""
     weights = convert_checkpoint(model.state_dict(), target=source).state_dict
     if source == "author":
         torch.save({"model": {f"module.{k}": v for k, v in weights.items()}}, path)
@@ -25,23 +32,25 @@ def save_as(model, source, path):
     return str(path)
 
 
-@pytest.fixture
-def convert_tool():
-    spec = importlib.util.spec_from_file_location(
-        "convert_tool", REPO / "tools" / "convert_checkpoint.py"
-    )
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.main
+def assert_equal(found, expected):
+    assert set(found) == set(expected)
+    for name, value in found.items():
+        assert torch.equal(value, expected[name]), name
 
 
-def detections(model, inputs):
+def assert_detect_the_same(model, inputs, other, other_inputs, rtol=None, atol=None, pixels=None):
     with torch.no_grad():
-        return model.eval()([inputs])[0]["instances"]
+        found, expected = (
+            m.eval()([i])[0]["instances"] for m, i in ((model, inputs), (other, other_inputs))
+        )
+    assert len(expected) > 0
+    boxes = (result.pred_boxes.tensor for result in (found, expected))
+    torch.testing.assert_close(*boxes, rtol=rtol, atol=pixels)
+    torch.testing.assert_close(found.scores, expected.scores, rtol=rtol, atol=atol)
 
 
 def lively_detector(**changes):
-    """A tiny detector that does find something."""
+    """A tiny detector that finds something."""
     model = tiny_detector(**changes)
     torch.nn.init.normal_(model.proposal_generator.head.cls_logits.weight, std=0.3)
     torch.nn.init.normal_(model.proposal_generator.head.bbox_pred.weight, std=0.1)
@@ -58,15 +67,17 @@ def test_a_file_of_the_authors_gives_their_boxes_half_a_pixel_further(tmp_path, 
     assert "another code base (author)" in caplog.text and "model.box_offset: 0.0" in caplog.text
     theirs.proposal_generator.box_offset = 0.5
     inputs = make_input()
-    expected, found = detections(theirs, inputs), detections(ours, inputs)
-    assert len(expected) > 0
-    torch.testing.assert_close(found.pred_boxes.tensor, expected.pred_boxes.tensor)
-    torch.testing.assert_close(found.scores, expected.scores)
+    assert_detect_the_same(ours, inputs, theirs, inputs)
 
 
 def test_a_file_of_mmdetection_gives_the_boxes_of_its_geometry(tmp_path):
     mean, std = [123.675, 116.28, 103.53], [58.395, 57.12, 57.375]
-    theirs = lively_detector(input_format="RGB", pixel_mean=mean, pixel_std=std, sqrt_score=False)
+    theirs = lively_detector(
+        input_format="RGB",
+        pixel_mean=mean,
+        pixel_std=std,
+        selector=DetectionSelector(sqrt_score=False),
+    )
     theirs.proposal_generator.anchor_generator.offset = 0.0
     theirs.backbone.top_block.relu_before_p7 = False
     path = save_as(theirs, "mmdet", tmp_path / "mmdet.pth")
@@ -74,12 +85,7 @@ def test_a_file_of_mmdetection_gives_the_boxes_of_its_geometry(tmp_path):
     ATSSCheckpointer(ours).load(path)
     rgb = make_input()
     bgr = {**rgb, "image": rgb["image"].flip(0)}
-    expected, found = detections(theirs, rgb), detections(ours, bgr)
-    assert len(expected) > 0
-    torch.testing.assert_close(
-        found.pred_boxes.tensor, expected.pred_boxes.tensor, rtol=1e-3, atol=1e-2
-    )
-    torch.testing.assert_close(found.scores, expected.scores, rtol=1e-3, atol=1e-4)
+    assert_detect_the_same(ours, bgr, theirs, rgb, rtol=1e-3, atol=1e-4, pixels=1e-2)
 
 
 def test_a_saved_checkpoint_remembers_the_geometry(tmp_path):
@@ -90,6 +96,16 @@ def test_a_saved_checkpoint_remembers_the_geometry(tmp_path):
     model = tiny_detector()
     ATSSCheckpointer(model).load(str(tmp_path / "fine_tuned.pth"))
     assert model.proposal_generator.box_offset == 0.5
+
+
+def test_a_checkpoint_of_version_0_1_gives_its_geometry(tmp_path):
+    path = tmp_path / "old.pth"
+    overrides = {"model.box_offset": 0.5, "model.sqrt_score": False}
+    torch.save({"model": tiny_detector().state_dict(), OVERRIDES_KEY: overrides}, path)
+    model = tiny_detector()
+    ATSSCheckpointer(model).load(str(path))
+    assert model.proposal_generator.box_offset == 0.5
+    assert model.proposal_generator.selector.sqrt_score is False
 
 
 def test_a_model_without_tower_biases_takes_weights_of_mmdetection(tmp_path):
@@ -117,7 +133,7 @@ def test_the_checkpointer_can_be_used_again_after_a_broken_file(tmp_path, name):
     checkpointer.load(save_as(tiny_detector(), "author", tmp_path / "author.pth"))
 
 
-def test_the_tool_writes_what_detectron2_loads_alone(tmp_path, convert_tool, capsys):
+def test_the_tool_writes_what_detectron2_loads_alone(tmp_path, capsys):
     model = tiny_detector()
     path = save_as(model, "author", tmp_path / "author.pth")
     out = str(tmp_path / "out.pth")
@@ -126,27 +142,25 @@ def test_the_tool_writes_what_detectron2_loads_alone(tmp_path, convert_tool, cap
 
     printed = capsys.readouterr().out
     assert "model.box_offset=0.5   (MODEL.ATSS.BOX_OFFSET)" in printed
-    assert read_checkpoint(out)["atss_overrides"]["model.box_offset"] == 0.5
+    assert read_checkpoint(out)[OVERRIDES_KEY]["model.box_offset"] == 0.5
     loaded = tiny_detector()
     DetectionCheckpointer(loaded).load(out)
-    for name, value in loaded.state_dict().items():
-        assert torch.equal(value, model.state_dict()[name]), name
+    assert_equal(loaded.state_dict(), model.state_dict())
 
 
-def test_the_tool_goes_back_and_renews_heads(tmp_path, convert_tool, capsys):
+def test_the_tool_goes_back_and_renews_heads(tmp_path, capsys):
     model = tiny_detector()
     path = save_as(model, "mmdet", tmp_path / "mmdet.pth")
     ours, back = str(tmp_path / "ours.pth"), str(tmp_path / "back.pth")
     assert convert_tool([path, ours]) == 0
     assert convert_tool([ours, back, "--to", "mmdet"]) == 0
-    before, after = read_checkpoint(path)["state_dict"], read_checkpoint(back)["state_dict"]
-    assert set(before) == set(after) and all(torch.equal(before[k], after[k]) for k in before)
+    assert_equal(read_checkpoint(back)["state_dict"], read_checkpoint(path)["state_dict"])
 
     assert convert_tool([ours, back, "--num-classes", "5"]) == 0
     assert "re-initialised: 2" in capsys.readouterr().out
     content = read_checkpoint(back)
     assert len(content["model"]["proposal_generator.head.cls_logits.bias"]) == 5
-    assert content["atss_overrides"]["model.anchor_generator.offset"] == 0.0
+    assert content[OVERRIDES_KEY]["model.anchor_generator.offset"] == 0.0
 
 
 @pytest.mark.parametrize(
@@ -158,9 +172,7 @@ def test_the_tool_goes_back_and_renews_heads(tmp_path, convert_tool, capsys):
         (lambda path: save_as(tiny_detector(), "author", path), "do not fit the model"),
     ],
 )
-def test_the_tool_fails_in_one_sentence_and_leaves_out_alone(
-    tmp_path, convert_tool, capsys, make, message
-):
+def test_the_tool_fails_in_one_sentence_and_leaves_out_alone(tmp_path, capsys, make, message):
     make(tmp_path / "in.pth")
     out = tmp_path / "out.pth"
     out.write_text("precious")
@@ -200,8 +212,7 @@ def test_published_weights_load_by_name_and_are_converted_once(published):
     written = os.path.getmtime(converted)
     again = model_zoo.get("atss_R_50_FPN_1x", trained=True, device="cpu")
     assert os.path.getmtime(converted) == written
-    for name, value in again.state_dict().items():
-        assert torch.equal(value, model.state_dict()[name]), name
+    assert_equal(again.state_dict(), model.state_dict())
 
 
 def test_a_download_with_another_hash_is_refused(published):

@@ -9,13 +9,13 @@ import torch
 from atss.backbone import resnet_fpn
 from atss.checkpoint import (
     CheckpointError,
-    apply_overrides,
     check_pickle,
     convert_checkpoint,
     detect_source,
     fetch,
     num_classes_of,
     override_config,
+    override_model,
     read_checkpoint,
     rehead,
     write_checkpoint,
@@ -27,6 +27,10 @@ from author_keys import RELEASES, author_shapes, mmdet_shapes
 from conftest import GOLDEN, golden_cases, tiny_detector
 
 from detectron2.config import get_cfg
+
+AUTHOR = author_shapes(RELEASES["R_50_FPN_1x"])
+AUTHOR_DCN = author_shapes(RELEASES["dcnv2_R_50_FPN_1x"])
+MMDET = mmdet_shapes()
 
 
 def meta(shapes):
@@ -52,20 +56,19 @@ def our_shapes(release):
             ),
             "proposal_generator.head.": ATSSHead(256, 80, deformable=release.deformable),
         }
-    return {
-        prefix + name: tuple(value.shape)
-        for prefix, part in parts.items()
-        for name, value in part.state_dict().items()
-    }
+    return shapes_of({p + n: v for p, part in parts.items() for n, v in part.state_dict().items()})
+
+
+def shapes_of(weights):
+    return {name: tuple(value.shape) for name, value in weights.items()}
 
 
 @pytest.mark.parametrize("name", ["R_50_FPN_1x", "dcnv2_R_50_FPN_1x"])
-def test_rules_for_the_authors_names_give_the_recorded_ones(name):
-    recorded = {}
-    for line in (GOLDEN / "keys" / f"atss_{name}.txt").read_text().splitlines():
-        key, shape = line.split()
-        recorded[key] = tuple(int(size) for size in shape.split("x"))
-    assert author_shapes(RELEASES[name]) == recorded
+def test_shapes_of_the_authors_weights_are_the_recorded_ones(name):
+    lines = (GOLDEN / "keys" / f"atss_{name}.txt").read_text().splitlines()
+    recorded = dict(map(str.split, lines))
+    found = author_shapes(RELEASES[name])
+    assert {key: "x".join(map(str, shape)) for key, shape in found.items()} == recorded
 
 
 @pytest.mark.parametrize("name", RELEASES)
@@ -74,9 +77,8 @@ def test_every_parameter_of_every_release_config_is_filled(name):
 
     converted = convert_checkpoint(meta(shapes))
 
-    found = {key: tuple(value.shape) for key, value in converted.state_dict.items()}
-    assert found == our_shapes(RELEASES[name])
-    assert len(found) + len(converted.dropped) == len(shapes)
+    assert shapes_of(converted.state_dict) == our_shapes(RELEASES[name])
+    assert len(converted.state_dict) + len(converted.dropped) == len(shapes)
     assert all("cell_anchors" in key for key in converted.dropped)
     is_resnext = name.startswith(("X", "dcnv2_X"))
     assert converted.overrides["model.backbone.stride_in_1x1"] is not is_resnext
@@ -85,23 +87,18 @@ def test_every_parameter_of_every_release_config_is_filled(name):
 @pytest.mark.parametrize("depth", [50, 101])
 def test_every_parameter_is_filled_from_mmdetection(depth):
     converted = convert_checkpoint(meta(mmdet_shapes(depth)))
-    found = {key: tuple(value.shape) for key, value in converted.state_dict.items()}
-    assert found == our_shapes(RELEASES[f"R_{depth}_FPN_1x"])
+    assert shapes_of(converted.state_dict) == our_shapes(RELEASES[f"R_{depth}_FPN_1x"])
     assert all(key.endswith("num_batches_tracked") for key in converted.dropped)
 
 
 @pytest.mark.parametrize(
-    "source, shapes",
-    [
-        ("author", author_shapes(RELEASES["R_50_FPN_1x"])),
-        ("author", author_shapes(RELEASES["dcnv2_R_50_FPN_1x"])),
-        ("mmdet", mmdet_shapes()),
-    ],
+    "source, shapes", [("author", AUTHOR), ("author", AUTHOR_DCN), ("mmdet", MMDET)]
 )
 def test_there_and_back_is_the_identity_on_mapped_names(source, shapes):
     weights = filled(shapes)
 
     converted = convert_checkpoint(weights, source)
+    assert shapes_of(weights) == shapes  # the input stays as it is
     back = convert_checkpoint(converted.state_dict, target=source)
 
     assert set(back.state_dict) == set(weights) - set(converted.dropped)
@@ -110,38 +107,29 @@ def test_there_and_back_is_the_identity_on_mapped_names(source, shapes):
 
 
 def test_weights_are_recognised_bare_and_wrapped():
-    author, mmdet = author_shapes(RELEASES["R_50_FPN_1x"]), mmdet_shapes()
-    parallel = {f"module.{name}": value for name, value in meta(author).items()}
+    parallel = {f"module.{name}": value for name, value in meta(AUTHOR).items()}
     assert detect_source({"model": parallel, "iteration": 7}) == "author"
-    assert detect_source({"meta": {"epoch": 12}, "state_dict": meta(mmdet)}) == "mmdet"
+    assert detect_source({"meta": {"epoch": 12}, "state_dict": meta(MMDET)}) == "mmdet"
     assert detect_source(tiny_detector().state_dict()) == "atss"
     assert detect_source({"fc1.weight": torch.zeros(1)}) is None
     converted = convert_checkpoint({"model": parallel})
     assert "backbone.bottom_up.stem.conv1.weight" in converted.state_dict
 
 
-def test_conversion_leaves_its_input_alone():
-    weights = meta(mmdet_shapes())
-    names = list(weights)
-    convert_checkpoint(weights)
-    assert list(weights) == names
-
-
 def test_geometry_travels_with_the_names():
-    author = convert_checkpoint(meta(author_shapes(RELEASES["R_50_FPN_1x"]))).overrides
-    mmdet = convert_checkpoint(meta(mmdet_shapes())).overrides
+    author, mmdet = (convert_checkpoint(meta(shapes)).overrides for shapes in (AUTHOR, MMDET))
     assert author["model.box_offset"] == 0.5 and mmdet["model.box_offset"] == 0.0
     assert author["model.anchor_generator.offset"] == 0.5
     assert mmdet["model.anchor_generator.offset"] == 0.0
     assert author["model.backbone.relu_before_p7"] and not mmdet["model.backbone.relu_before_p7"]
     assert author["model.backbone.frozen_bn_eps"] == 0.0
     assert mmdet["model.backbone.stride_in_1x1"] is False
-    assert mmdet["model.sqrt_score"] is False
+    assert mmdet["model.selector.sqrt_score"] is False
     assert (author["model.input_format"], mmdet["model.input_format"]) == ("BGR", "RGB")
 
 
 def test_overrides_reach_both_kinds_of_config():
-    overrides = convert_checkpoint(meta(mmdet_shapes())).overrides
+    overrides = convert_checkpoint(meta(MMDET)).overrides
     lazy = override_config(get_config("atss_R_50_FPN_1x"), overrides)
     assert lazy.model.anchor_generator.offset == 0.0
     assert lazy.model.backbone.relu_before_p7 is False
@@ -159,12 +147,9 @@ def test_a_bare_resnet_fills_the_bottom_up_part():
     with torch.device("meta"):
         weights = torchvision.models.resnet50().state_dict()
     converted = convert_checkpoint(weights)
-    needed = {
-        name: shape
-        for name, shape in our_shapes(RELEASES["R_50_FPN_1x"]).items()
-        if "bottom_up" in name
-    }
-    assert {k: tuple(v.shape) for k, v in converted.state_dict.items()} == needed
+    ours = our_shapes(RELEASES["R_50_FPN_1x"]).items()
+    needed = {name: shape for name, shape in ours if "bottom_up" in name}
+    assert shapes_of(converted.state_dict) == needed
     assert {"fc.weight", "fc.bias"} <= set(converted.dropped)
     assert "model.box_offset" not in converted.overrides
 
@@ -172,24 +157,23 @@ def test_a_bare_resnet_fills_the_bottom_up_part():
 @pytest.mark.parametrize("case, fields", golden_cases("head"), ids=lambda v: v.get("name", ""))
 def test_converted_head_gives_the_outputs_of_the_authors(case, fields):
     weights = {
-        "rpn.head." + key[len("param:") :]: torch.from_numpy(value)
+        key.replace("param:", "rpn.head."): torch.from_numpy(value)
         for key, value in fields.items()
         if key.startswith("param:")
     }
-    prefix = "proposal_generator.head."
     converted = convert_checkpoint(weights).state_dict
     head = ATSSHead(case["in_channels"], case["num_classes"], num_convs=case["num_convs"])
-    head.load_state_dict({key[len(prefix) :]: value for key, value in converted.items()})
+    head.load_state_dict({key.split(".head.")[1]: value for key, value in converted.items()})
     with torch.no_grad():
         found = head([torch.from_numpy(fields[f"feat{i}"]) for i in range(5)])
-    for i in range(5):
-        logits, centerness = (torch.from_numpy(fields[f"{name}{i}"]) for name in ("cls", "ctr"))
-        torch.testing.assert_close(found.logits[i], logits, rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(found.quality[i], centerness, rtol=1e-4, atol=1e-5)
+    for maps, name in ((found.logits, "cls"), (found.quality, "ctr")):
+        for i, level in enumerate(maps):
+            expected = torch.from_numpy(fields[f"{name}{i}"])
+            torch.testing.assert_close(level, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_another_architecture_is_refused_with_a_name():
-    weights = meta(mmdet_shapes())
+    weights = meta(MMDET)
     weights["bbox_head.atss_iou.weight"] = torch.zeros(1)
     with pytest.raises(CheckpointError, match="atss_iou"):
         convert_checkpoint(weights)
@@ -227,7 +211,7 @@ def test_turned_channels_compute_the_same():
         "model.pixel_mean": [1.0, 2.0, 3.0],
         "model.pixel_std": [60.0] * 3,
     }
-    applied, _ = apply_overrides(bgr, overrides, weights)
+    applied, _ = override_model(bgr, overrides, weights)
     bgr.load_state_dict(weights)
     image = torch.rand(3, 64, 64) * 255
     with torch.no_grad():
@@ -241,22 +225,22 @@ def test_overrides_change_what_the_model_computes_with():
     model = tiny_detector(
         backbone=resnet_fpn(50, stem_out_channels=32, res2_out_channels=32, out_channels=64)
     )
-    overrides = convert_checkpoint(meta(mmdet_shapes())).overrides
-    _, changes = apply_overrides(model, overrides, {})
+    overrides = convert_checkpoint(meta(MMDET)).overrides
+    _, changes = override_model(model, overrides, {})
     core, backbone = model.proposal_generator, model.backbone
-    assert core.anchor_generator.offset == 0.0 and core.sqrt_score is False
+    assert core.anchor_generator.offset == 0.0 and core.selector.sqrt_score is False
     assert backbone.top_block.relu_before_p7 is False
     block = backbone.bottom_up.res3[0]
     assert (block.conv1.stride, block.conv2.stride) == ((1, 1), (2, 2))
     assert any("relu_before_p7" in change for change in changes)
-    _, changes = apply_overrides(model, overrides, {})
+    _, changes = override_model(model, overrides, {})
     assert not [change for change in changes if "turned" not in change and "pixel" not in change]
 
 
 def test_a_model_without_place_for_the_geometry_is_a_conflict():
     model = torch.nn.Linear(1, 1)
     with pytest.raises(ValueError, match="model.box_offset=0.5"):
-        apply_overrides(model, {"model.box_offset": 0.5}, {})
+        override_model(model, {"model.box_offset": 0.5}, {})
 
 
 class Evil:
@@ -283,20 +267,14 @@ def test_pickles_of_arrays_pass(tmp_path):
     check_pickle(str(path))
 
 
-@pytest.mark.parametrize("keep", [0, 10, 500, -30])
-def test_truncated_files_are_refused(tmp_path, keep):
+def test_truncated_and_other_files_are_refused(tmp_path):
     path = tmp_path / "half.pth"
     torch.save({"model": {"a": torch.rand(1000)}}, path)
-    path.write_bytes(path.read_bytes()[:keep])
-    with pytest.raises(CheckpointError, match="truncated, corrupt"):
-        read_checkpoint(str(path))
-
-
-def test_other_files_are_refused(tmp_path):
-    path = tmp_path / "text.pth"
-    path.write_text("<html>404</html>")
-    with pytest.raises(CheckpointError, match="truncated, corrupt"):
-        read_checkpoint(str(path))
+    whole = path.read_bytes()
+    for content in (b"", whole[:10], whole[:500], whole[:-30], b"<html>404</html>"):
+        path.write_bytes(content)
+        with pytest.raises(CheckpointError, match="truncated, corrupt"):
+            read_checkpoint(str(path))
     with pytest.raises(FileNotFoundError, match="missing.pth"):
         read_checkpoint(str(tmp_path / "missing.pth"))
     torch.save([1, 2], path)

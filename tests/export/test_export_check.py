@@ -8,7 +8,7 @@ from atss.export.metadata import class_names_of, describe, resize_rule
 from atss.export.modules import detect_as_tensors
 from atss.export.samples import spread_scores
 from atss.model_zoo import get_config
-from atss.training.yaml_config import load_yaml_config
+from atss.training import load_yaml_config
 from conftest import REPO, tiny_detector
 
 

@@ -15,7 +15,7 @@ from atss.inference_mode.prepare import (
 )
 from atss.layers import DeformConv2d, PackedDeformConv2d
 from atss.model_zoo import get_config
-from atss.training.lazy_config import apply_overrides
+from atss.training import update_lazy_config
 from atss.tta import ATSSWithTTA, make_views
 from conftest import make_input, tiny_detector
 from torch import nn
@@ -243,7 +243,7 @@ def test_config_decides_whether_and_how_to_prepare():
     assert prepare_as_configured(model, cfg.train.prepare) is model
     assert "is_prepared_for_inference" not in model.__dict__
 
-    apply_overrides(cfg, ["train.prepare.enabled=True", "train.prepare.precision=bfloat16"])
+    update_lazy_config(cfg, ["train.prepare.enabled=True", "train.prepare.precision=bfloat16"])
     prepared = prepare_as_configured(model, cfg.train.prepare)
     assert prepared is model and prepared.backbone.bottom_up.stem.conv1.weight.dtype == (
         torch.bfloat16

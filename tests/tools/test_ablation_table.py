@@ -13,7 +13,7 @@ from _ablations.report import orderings, plot, results_table, write_report
 from _ablations.rows import find_rows, measured_ap, select_rows
 from _ablations.toy_runs import AXES, Settings, fingerprint, run_rows, toy_config
 from atss.model_zoo import config_file
-from atss.training.lazy_config import load_lazy_config
+from atss.training import load_lazy_config
 from conftest import REPO
 
 ROWS = find_rows()

@@ -170,7 +170,7 @@ def test_two_processes_equal_one_with_the_same_global_batch(data, tmp_path):
 
 
 def make_initial_weights(file):
-    from atss.training.lazy_config import load_lazy_config
+    from atss.training import load_lazy_config
 
     from detectron2.config import instantiate
 

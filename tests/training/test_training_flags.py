@@ -1,99 +1,117 @@
-"""Flags of the training tools: precision, compilation, devices, what --eval-only evaluates."""
+"""Settings of training runs: evaluation, precision, compilation, devices, processes."""
 
 import argparse
+import importlib
 
 import pytest
 import torch
-from atss import trainer
-from atss.checkpoint import checkpointer
+from atss import tta
+from atss.checkpoint import ATSSCheckpointer
 from atss.data import ToyShapesOptions
 from atss.data.toy_shapes import render_dataset, split_paths
-from atss.model_zoo import get_config
-from atss.training import launch
-from atss.training import lazy_config as lazy_training
-from atss.training import loop as training_loop
-from atss.training.yaml_config import load_yaml_config
+from atss.trainer import Trainer
+from atss.training import (
+    build_model,
+    choose_data,
+    configs,
+    evaluate_checkpoint,
+    launch,
+    load_lazy_config,
+    load_yaml_config,
+    loop,
+    runs,
+)
 from conftest import REPO, make_input, tiny_detector
 
-plain_train_net = pytest.importorskip("plain_train_net")
-
-
-def small_config(output, *overrides):
-    cfg = get_config("toy/atss_toy")
-    return lazy_training.apply_overrides(
-        cfg,
-        [
-            "model.backbone.stem_out_channels=32",
-            "model.backbone.norm=GN",
-            "model.head.num_convs=1",
-            "dataloader.train.total_batch_size=2",
-            "dataloader.train.num_workers=0",
-            "dataloader.test.num_workers=0",
-            "dataloader.train.mapper.augmentations.0.short_edge_length=[64]",
-            "dataloader.test.mapper.augmentations.0.short_edge_length=64",
-            "train.device=cpu",
-            "train.amp.enabled=False",
-            "train.eval_period=0",
-            f"train.output_dir={output}",
-            *overrides,
-        ],
-    )
+TOOLS = ["train_net", "lazyconfig_train_net", "plain_train_net"]
+LAZY = (
+    str(REPO / "configs/toy/atss_toy.py"),
+    [
+        "model.backbone.stem_out_channels=32", "model.backbone.norm=GN", "model.head.num_convs=1",
+        "dataloader.train.total_batch_size=2", "dataloader.train.num_workers=0",
+        "dataloader.train.mapper.augmentations.0.short_edge_length=[64]",
+        "train.device=cpu", "train.amp.enabled=False", "train.eval_period=0",
+    ],
+)  # fmt: skip
+YAML = (str(REPO / "configs/toy/atss_toy.yaml"), ["MODEL.DEVICE", "cpu"])
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
+    """Options for your data: a set of six images with two classes."""
     root = tmp_path_factory.mktemp("shapes")
     options = ToyShapesOptions(
         image_size=64, num_train=4, num_val=2, max_size=40, num_classes=2, max_objects=3
     )
     folder = render_dataset(root, options)
     paths = {split: split_paths(folder, split) for split in ("train", "val")}
-    return argparse.Namespace(
-        train_json=str(paths["train"].json_file),
-        train_images=str(paths["train"].image_root),
-        val_json=str(paths["val"].json_file),
-        val_images=str(paths["val"].image_root),
-        eval_only=False,
-        opts=[],
-    )
+    return {
+        "train_json": str(paths["train"].json_file),
+        "train_images": str(paths["train"].image_root),
+        "val_json": str(paths["val"].json_file),
+        "val_images": str(paths["val"].image_root),
+    }
 
 
-def test_evaluating_without_weights_is_refused_with_both_ways_out(tmp_path):
-    message = "--eval-only has no weights.*train.init_checkpoint.*MODEL.WEIGHTS.*--resume"
-    with pytest.raises(ValueError, match=message):
-        lazy_training.evaluate_checkpoint(small_config(tmp_path))
-    cfg = load_yaml_config(str(REPO / "configs/toy/atss_toy.yaml"), ["OUTPUT_DIR", str(tmp_path)])
-    with pytest.raises(ValueError, match=message):
-        trainer.Trainer.evaluate_checkpoint(cfg)
+def test_evaluating_without_weights_is_refused_with_both_ways_out():
+    for evaluate, cfg in (
+        (evaluate_checkpoint, load_lazy_config(*LAZY)),
+        (Trainer.evaluate_checkpoint, load_yaml_config(*YAML)),
+    ):
+        with pytest.raises(
+            ValueError,
+            match="--eval-only has no weights.*train.init_checkpoint.*MODEL.WEIGHTS.*--resume",
+        ):
+            evaluate(cfg)
 
 
-@pytest.mark.parametrize("tool", ["plain_train_net", "lazyconfig_train_net"])
+@pytest.mark.parametrize("name", ["atss_toy", "faster_rcnn_atss_toy"])
+def test_both_kinds_of_config_take_your_data_and_its_classes(name, data):
+    for load, suffix in ((load_lazy_config, ".py"), (load_yaml_config, ".yaml")):
+        cfg = load(str(REPO / "configs/toy" / name) + suffix)
+        choose_data(cfg, argparse.Namespace(**data))
+        model = build_model(cfg)
+        final = model.roi_heads if "rcnn" in name else model.proposal_generator.head
+        assert final.num_classes == 2
+        assert configs.get_setting(cfg, "train_sets")[0] == "own_train"
+
+
+@pytest.mark.parametrize("tool", TOOLS)
 def test_eval_only_prepares_and_augments_as_the_config_says(tool, data, tmp_path, monkeypatch):
-    main = pytest.importorskip(tool).main
-    cfg = small_config(tmp_path, "train.prepare.enabled=True", "train.tta.enabled=True")
-    model = lazy_training.build_model(cfg)
-    checkpointer.ATSSCheckpointer(model, str(tmp_path)).save("model_final")
-    monkeypatch.setattr(pytest.importorskip(tool), "load_lazy_config", lambda *_: cfg)
-    monkeypatch.setattr(pytest.importorskip(tool), "default_setup", lambda *_: None)
-    monkeypatch.setattr(pytest.importorskip(tool), "choose_data", lambda *_: None)
-    seen = []
-    monkeypatch.setattr(lazy_training, "evaluate_lazy_with_tta", lambda _, m: seen.append(m))
-    args = argparse.Namespace(config_file="", opts=[], eval_only=True, resume=True)
-    main(args)
-    assert seen[0].is_prepared_for_inference
+    module = importlib.import_module(tool)
+    if tool == "train_net":
+        (file, opts), load = YAML, load_yaml_config
+        settings = ["TEST.PREPARE.ENABLED", "True", "TEST.PREPARE.PRECISION", "bfloat16",
+                    "TEST.AUG.ENABLED", "True", "OUTPUT_DIR", str(tmp_path)]  # fmt: skip
+    else:
+        (file, opts), load = LAZY, load_lazy_config
+        settings = ["train.prepare.enabled=True", "train.prepare.precision=bfloat16",
+                    "train.tta.enabled=True", f"train.output_dir={tmp_path}"]  # fmt: skip
+    opts = [*opts, *settings]
+    args = argparse.Namespace(config_file=file, opts=opts, eval_only=True, resume=True, **data)
+    assert module.device_of(args) == "cpu"
+    cfg = load(file, opts)
+    choose_data(cfg, args)
+    model = build_model(cfg)
+    assert model.proposal_generator.head.num_classes == 2  # those of the data
+    ATSSCheckpointer(model, str(tmp_path)).save("model_final")
+    evaluated = []
 
+    def evaluate(model, *_):
+        evaluated.append(model)
+        return {"bbox": {"AP": float(len(evaluated))}}
 
-def test_yaml_keys_prepare_the_model_that_is_evaluated(tmp_path, monkeypatch):
-    overrides = ["OUTPUT_DIR", str(tmp_path), "TEST.PREPARE.ENABLED", "True",
-                 "TEST.PREPARE.PRECISION", "bfloat16", "MODEL.DEVICE", "cpu"]  # fmt: skip
-    cfg = load_yaml_config(str(REPO / "configs/toy/atss_toy.yaml"), overrides)
-    model = trainer.Trainer.build_model(cfg)
-    checkpointer.ATSSCheckpointer(model, str(tmp_path)).save("model_final")
-    seen = []
-    monkeypatch.setattr(trainer.Trainer, "test", lambda cfg, model: seen.append(model) or {})
-    trainer.Trainer.evaluate_checkpoint(cfg, resume=True)
-    assert seen[0].is_prepared_for_inference
-    assert seen[0].backbone.bottom_up.stem.conv1.weight.dtype == torch.bfloat16
+    monkeypatch.setattr(runs, "inference_on_dataset", evaluate)
+    monkeypatch.setattr("detectron2.engine.defaults.inference_on_dataset", evaluate)
+    monkeypatch.setattr(module, "default_setup", lambda *_: None)
+
+    assert module.main(args) == {"bbox": {"AP": 1.0}, "bbox_TTA": {"AP": 2.0}}
+
+    plain, augmented = evaluated
+    assert plain.is_prepared_for_inference
+    assert plain.backbone.bottom_up.stem.conv1.weight.dtype == torch.bfloat16
+    assert augmented.model is plain
+    assert augmented.views == tta.release_views(base_size=256)
 
 
 def test_device_of_the_config_decides_how_workers_talk(monkeypatch):
@@ -105,20 +123,10 @@ def test_device_of_the_config_decides_how_workers_talk(monkeypatch):
     monkeypatch.setattr(
         launch.multiprocessing, "spawn", lambda *args, **kwargs: spawned.append(kwargs["nprocs"])
     )
-    launch.launch(print, 2, device="cpu")  # more processes than GPUs, which the CPU does not mind
+    launch.launch(print, 2, device="cpu")  # more processes than GPUs, which the CPU allows
     assert spawned == [2]
     with pytest.raises(ValueError, match="2 processes need as many GPUs, this machine has 1"):
         launch.launch(print, 2, device="cuda")
-
-
-@pytest.mark.parametrize("tool", ["train_net", "lazyconfig_train_net", "plain_train_net"])
-def test_tools_read_the_device_from_config_and_overrides(tool):
-    module = pytest.importorskip(tool)
-    is_yaml = tool == "train_net"
-    file = REPO / "configs/toy" / ("atss_toy.yaml" if is_yaml else "atss_toy.py")
-    opts = ["MODEL.DEVICE", "cpu"] if is_yaml else ["train.device=cpu"]
-    args = argparse.Namespace(config_file=str(file), opts=opts)
-    assert module.device_of(args) == "cpu"
 
 
 class FakeScaler:
@@ -143,31 +151,36 @@ class FakeScaler:
         self.updates = state["updates"]
 
 
-def test_plain_loop_saves_and_restores_the_gradient_scaler(data, tmp_path, monkeypatch):
+@pytest.mark.parametrize("kind", ["plain", "hooks"])
+def test_the_gradient_scaler_is_saved_and_restored(kind, data, tmp_path, monkeypatch):
     scalers = []
 
     def make(dtype):
         scalers.append(FakeScaler())
         return scalers[-1]
 
-    monkeypatch.setattr(plain_train_net, "make_grad_scaler", make)
-    monkeypatch.setattr(plain_train_net, "evaluate_lazy", lambda *_: None)
-    cfg = small_config(tmp_path, "train.max_iter=2", "train.checkpointer.period=2")
-    lazy_training.choose_data(cfg, data)
-    plain_train_net.do_train(cfg, resume=False)
+    module = importlib.import_module("plain_train_net") if kind == "plain" else runs
+    monkeypatch.setattr(module if kind == "plain" else loop, "make_grad_scaler", make)
+    monkeypatch.setattr(module, "evaluate_lazy", lambda *_: None)
+    train = module.do_train if kind == "plain" else module.train_lazy
+    file, opts = LAZY
+    settings = ["train.max_iter=2", "train.checkpointer.period=2", f"train.output_dir={tmp_path}"]
+    cfg = load_lazy_config(file, [*opts, *settings])
+    choose_data(cfg, argparse.Namespace(**data))
+    train(cfg, resume=False)
     assert scalers[0].updates == 2
     saved = torch.load(tmp_path / "model_final.pth", weights_only=False)
-    assert saved["grad_scaler"] == {"updates": 2}
+    assert saved.get("trainer", saved)["grad_scaler"] == {"updates": 2}
 
     cfg.train.max_iter = 3
-    plain_train_net.do_train(cfg, resume=True)
+    train(cfg, resume=True)
     assert scalers[1].updates == 3
 
 
 def test_only_float16_scales_gradients():
-    assert training_loop.make_grad_scaler(None) is None
-    assert training_loop.make_grad_scaler(torch.bfloat16) is None
-    scaler = training_loop.make_grad_scaler(torch.float16)
+    assert loop.make_grad_scaler(None) is None
+    assert loop.make_grad_scaler(torch.bfloat16) is None
+    scaler = loop.make_grad_scaler(torch.float16)
     assert scaler.state_dict is not None
 
 

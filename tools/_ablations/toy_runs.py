@@ -20,7 +20,7 @@ from typing import Any, Callable, Dict, List, Sequence, Tuple
 import torch
 from atss.data import register_toy_shapes
 from atss.model_zoo import config_file
-from atss.training.lazy_config import apply_overrides, load_lazy_config, train_lazy
+from atss.training import load_lazy_config, train_lazy, update_lazy_config
 from omegaconf import DictConfig
 
 from detectron2.utils.env import seed_all_rng
@@ -96,7 +96,7 @@ def toy_config(row: Row, settings: Settings) -> DictConfig:
         *([f"train.max_iter={settings.iterations}"] if settings.iterations else []),
         *settings.overrides,
     ]
-    return apply_overrides(cfg, overrides)
+    return update_lazy_config(cfg, overrides)
 
 
 def fingerprint(cfg: DictConfig) -> str:

@@ -368,7 +368,7 @@ class GridAnchorGenerator(DefaultAnchorGenerator):
         """
         cells = list(self.cell_anchors)
         grid_sizes = tuple(tuple(feature.shape[-2:]) for feature in features)
-        key = (grid_sizes, cells[0].device, cells[0].dtype)
+        key = (grid_sizes, self.offset, cells[0].device, cells[0].dtype)
         if key not in self._grids:
             while len(self._grids) >= _NUM_KEPT_GRIDS:
                 del self._grids[next(iter(self._grids))]

@@ -10,8 +10,14 @@ from torch import nn
 
 from detectron2.config import LazyConfig, instantiate
 
-from .checkpoint import convert_checkpoint, fetch, read_checkpoint, write_checkpoint
-from .checkpoint.checkpointer import ATSSCheckpointer, load_or_resume
+from .checkpoint import (
+    ATSSCheckpointer,
+    convert_checkpoint,
+    fetch,
+    load_or_resume,
+    read_checkpoint,
+    write_checkpoint,
+)
 
 _MMDET = "https://download.openmmlab.com/mmdetection/v2.0/atss/"
 

@@ -1,10 +1,10 @@
-"""Which learning rate and decay does each parameter get? (recipe of Sec. 4)"""
+"""Parameter groups: the learning rate and decay of each parameter (recipe of Sec. 4)."""
 
-from typing import Any, Dict, List, Optional
+from typing import Any, Dict, List, Optional, Tuple
 
 from torch import nn
 
-__all__ = ["get_optimizer_params"]
+from detectron2.solver.build import get_default_optimizer_params
 
 
 def get_optimizer_params(
@@ -17,9 +17,8 @@ def get_optimizer_params(
 ) -> List[Dict[str, Any]]:
     """Parameter groups of the authors: biases learn twice as fast and do not decay.
 
-    Every parameter called "bias" counts, those of normalisation layers too. (Detectron2's own
-    helper treats them as parameters of the norm and leaves norms undecayed; here weights of norms
-    and the scales of levels decay.)
+    Every parameter called "bias" counts, those of normalisation layers too; weights of norms and
+    the scales of levels decay.
 
     Args:
         model: frozen parameters are left out, shared ones taken once.
@@ -35,33 +34,14 @@ def get_optimizer_params(
     Raises:
         ValueError: if nothing in the model can be trained.
     """
-    # A tuple of (lr, decay) per kind; groups of equal values merge, which keeps optimizers fast.
-    groups: Dict[Any, Dict[str, Any]] = {}
-    seen = set()
-    for module in model.modules():
-        is_norm = isinstance(module, _NORMS)
-        for name, parameter in module.named_parameters(recurse=False):
-            if not parameter.requires_grad or parameter in seen:
-                continue
-            seen.add(parameter)
-            lr, decay = base_lr, weight_decay
-            if name == "bias":
-                lr, decay = base_lr * bias_lr_factor, weight_decay_bias
-            elif is_norm and weight_decay_norm is not None:
-                decay = weight_decay_norm
-            group = {"params": [], "lr": lr, "weight_decay": decay}
-            groups.setdefault((lr, decay), group)["params"].append(parameter)
+    # Detectron2 0.5 gives a group per parameter; few groups keep optimizers fast.
+    groups: Dict[Tuple[float, float], Dict[str, Any]] = {}
+    for group in get_default_optimizer_params(
+        model, base_lr, weight_decay, weight_decay_norm, bias_lr_factor, weight_decay_bias
+    ):
+        lr, decay = group["lr"], group["weight_decay"]
+        merged = groups.setdefault((lr, decay), {"params": [], "lr": lr, "weight_decay": decay})
+        merged["params"] += group["params"]
     if not groups:
         raise ValueError("The model has no parameter that requires a gradient: nothing to train.")
     return list(groups.values())
-
-
-_NORMS = (
-    nn.BatchNorm1d,
-    nn.BatchNorm2d,
-    nn.BatchNorm3d,
-    nn.SyncBatchNorm,
-    nn.GroupNorm,
-    nn.InstanceNorm2d,
-    nn.LayerNorm,
-)

@@ -1,7 +1,8 @@
-"""How does a YAML config become a trained model? Detectron2's DefaultTrainer with our parts."""
+"""Trainer of a YAML config: Detectron2's DefaultTrainer with our parts."""
 
 import os
 import weakref
+from functools import partial
 from typing import Any, Dict, List
 
 import torch
@@ -14,15 +15,16 @@ from detectron2.evaluation import COCOEvaluator
 from detectron2.solver.build import maybe_add_gradient_clipping
 from detectron2.utils import comm
 
-from .checkpoint.checkpointer import ATSSCheckpointer, load_or_resume, load_to_evaluate
+from .checkpoint import ATSSCheckpointer, load_or_resume
 from .data import load_dataset_dicts
-from .device import compile_dense_parts
-from .inference_mode.prepare import prepare_as_configured
 from .optimizer import get_optimizer_params
-from .training.loop import StepTrainer, autocast_dtype, create_ddp_model
-from .tta import ATSSWithTTA
-
-__all__ = ["Trainer"]
+from .training.configs import get_setting
+from .training.runs import (
+    build_model,
+    build_step_trainer,
+    evaluate_checkpoint,
+    evaluate_with_tta,
+)
 
 _OPTIMIZERS = ("SGD", "AdamW")
 
@@ -49,14 +51,11 @@ class Trainer(DefaultTrainer):
         optimizer = self.build_optimizer(cfg, model)
         data_loader = self.build_train_loader(cfg)
 
-        if cfg.SOLVER.COMPILE:
-            compile_dense_parts(model)
-        model = create_ddp_model(model, broadcast_buffers=False)
-        device = next(model.parameters()).device
-        dtype = autocast_dtype(cfg.SOLVER.AMP.ENABLED, cfg.SOLVER.AMP.PRECISION, device)
-        self._trainer = StepTrainer(model, data_loader, optimizer, dtype)
+        self._trainer = build_step_trainer(cfg, model, data_loader, optimizer)
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
-        self.checkpointer = ATSSCheckpointer(model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
+        self.checkpointer = ATSSCheckpointer(
+            self._trainer.model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self)
+        )
         self.start_iter = 0
         self.max_iter = cfg.SOLVER.MAX_ITER
         self.cfg = cfg
@@ -64,11 +63,8 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def build_model(cls, cfg: CfgNode) -> nn.Module:
-        """The model of the config, in the memory format it asks for."""
-        model = super().build_model(cfg)
-        if cfg.SOLVER.CHANNELS_LAST:
-            model = model.to(memory_format=torch.channels_last)
-        return model
+        """The model of the config, in its memory format and on its device."""
+        return build_model(cfg)
 
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
@@ -100,9 +96,10 @@ class Trainer(DefaultTrainer):
     @classmethod
     def build_train_loader(cls, cfg: CfgNode):
         """Detectron2's loader over checked ground truth."""
-        num_classes = _num_classes(cfg)
         dataset = load_dataset_dicts(
-            cfg.DATASETS.TRAIN, num_classes, cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS
+            cfg.DATASETS.TRAIN,
+            get_setting(cfg, "num_classes"),
+            cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
         )
         return build_detection_train_loader(cfg, dataset=dataset)
 
@@ -115,47 +112,20 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def evaluate_checkpoint(cls, cfg: CfgNode, resume: bool = False) -> Dict[str, Any]:
-        """Evaluate MODEL.WEIGHTS, or the last checkpoint: what --eval-only does.
-
-        The model is prepared as TEST.PREPARE says; with TEST.AUG.ENABLED its test-time augmentation
-        is evaluated, too.
-
-        Args:
-            cfg: the config.
-            resume: take the last checkpoint of OUTPUT_DIR.
-
-        Returns:
-            Results of `test`, and those of `test_with_tta`.
-
-        Raises:
-            FileNotFoundError, ValueError: see `load_to_evaluate`, `prepare_as_configured`.
-        """
-        model = cls.build_model(cfg)
-        load_to_evaluate(ATSSCheckpointer(model, cfg.OUTPUT_DIR), cfg.MODEL.WEIGHTS, resume)
-        model = prepare_as_configured(
-            model, {key.lower(): value for key, value in cfg.TEST.PREPARE.items()}
-        )
-        results = cls.test(cfg, model)
-        if cfg.TEST.AUG.ENABLED:
-            results.update(cls.test_with_tta(cfg, model))
-        return results
+        """What --eval-only does: see `atss.training.evaluate_checkpoint`."""
+        return evaluate_checkpoint(cfg, resume, cls.build_model, cls.test, cls.test_with_tta)
 
     @classmethod
     def test_with_tta(cls, cfg: CfgNode, model: nn.Module) -> Dict[str, Any]:
-        """Evaluate with the test-time augmentation of TEST.AUG.
-
-        Returns:
-            Results as `test` gives them, under names that end in "_TTA".
-        """
+        """`test` with the test-time augmentation of TEST.AUG; names of results end in "_TTA"."""
         folder = os.path.join(cfg.OUTPUT_DIR, "inference_TTA")
         evaluators = [
             COCOEvaluator(name, ["bbox"], output_dir=folder) for name in cfg.DATASETS.TEST
         ]
-        results = cls.test(cfg, ATSSWithTTA(cfg, model), evaluators)
-        return {f"{name}_TTA": result for name, result in results.items()}
+        return evaluate_with_tta(cfg, model, partial(cls.test, evaluators=evaluators))
 
     def resume_or_load(self, resume: bool = True) -> None:
-        """Start from MODEL.WEIGHTS, or go on from the last checkpoint of OUTPUT_DIR.
+        """Start from MODEL.WEIGHTS, or continue from the last checkpoint of OUTPUT_DIR.
 
         Raises:
             FileNotFoundError: nothing to resume, or no such weights.
@@ -174,10 +144,3 @@ class Trainer(DefaultTrainer):
     def load_state_dict(self, state_dict: Dict[str, Any]) -> None:
         TrainerBase.load_state_dict(self, state_dict)
         self._trainer.load_state_dict(state_dict["_trainer"])
-
-
-def _num_classes(cfg: CfgNode) -> int:
-    """K of the final detector: a two-stage model's proposals do not know classes."""
-    if cfg.MODEL.META_ARCHITECTURE == "ATSSDetector":
-        return cfg.MODEL.ATSS.NUM_CLASSES
-    return cfg.MODEL.ROI_HEADS.NUM_CLASSES

@@ -1,8 +1,4 @@
-"""Do these weights belong to this model? Detectron2's checkpointer, which says so.
-
-It also reads the weights of the authors, of mmdetection and of torchvision's ResNets as they are,
-and nothing that runs code.
-"""
+"""Detectron2's checkpointer, which here converts foreign weights and refuses wrong ones."""
 
 import logging
 from typing import Any, Dict
@@ -11,33 +7,22 @@ from torch import Tensor
 
 from detectron2.checkpoint import DetectionCheckpointer
 
-from . import (
-    CheckpointError,
-    apply_overrides,
-    check_pickle,
-    convert_checkpoint,
-    detect_source,
-    fetch,
-    num_classes_of,
-    read_checkpoint,
-)
-
-__all__ = ["ATSSCheckpointer", "load_or_resume", "load_to_evaluate"]
+from .convert import convert_checkpoint, detect_source, num_classes_of
+from .files import CheckpointError, check_pickle, fetch, read_checkpoint
+from .overrides import OVERRIDES_KEY, override_model
 
 logger = logging.getLogger(__name__)
-
-_OVERRIDES = "atss_overrides"
 
 
 class ATSSCheckpointer(DetectionCheckpointer):
     """Detectron2's checkpointer, except that weights that match nothing are an error.
 
-    Detectron2 logs a warning and trains from random weights, which shows days later.
+    Detectron2 logs a warning and trains from random weights, which is noticed days later.
 
-    Weights of another code base are recognised and converted while loading, and the model gets the
-    geometry they were trained with, each change in the log; checkpoints saved later remember it.
-    Files are read without running code of theirs (`atss.checkpoint.read_checkpoint`); zoo files at
-    `detectron2://` and `catalog://` go to Detectron2's own loader unchecked.
+    Weights of the authors, of mmdetection and of torchvision's ResNets are recognised and converted
+    while loading. The model gets the geometry they were trained with; each change is logged, and
+    checkpoints saved later keep it. Files are read without running their code (`read_checkpoint`);
+    zoo files at `detectron2://` and `catalog://` go to Detectron2's own loader unchecked.
     """
 
     def __init__(self, *args, **kwargs):
@@ -63,7 +48,7 @@ class ATSSCheckpointer(DetectionCheckpointer):
     def save(self, name: str, **kwargs: Any) -> None:
         """See `DetectionCheckpointer.save`; adds the geometry of converted weights."""
         if self._overrides:
-            kwargs.setdefault(_OVERRIDES, self._overrides)
+            kwargs.setdefault(OVERRIDES_KEY, self._overrides)
         super().save(name, **kwargs)
 
     def _load_file(self, filename: str) -> Dict[str, Any]:
@@ -86,22 +71,22 @@ class ATSSCheckpointer(DetectionCheckpointer):
         return content
 
     def _convert(self, content: Dict[str, Any], source: str, filename: str) -> Dict[str, Any]:
-        converted = convert_checkpoint(content, source)
+        weights, overrides, dropped = convert_checkpoint(content, source)
         logger.info(
             "%s holds weights of another code base (%s): %d names converted, %d dropped.",
             filename,
             source,
-            len(converted.state_dict),
-            len(converted.dropped),
+            len(weights),
+            len(dropped),
         )
-        _check_fit(self.model.state_dict(), converted.state_dict, filename)
-        return {"model": converted.state_dict, _OVERRIDES: converted.overrides}
+        _check_fit(self.model.state_dict(), weights, filename)
+        return {"model": weights, OVERRIDES_KEY: overrides}
 
     def _load_model(self, checkpoint: Any):
-        overrides = checkpoint.pop(_OVERRIDES, None)
+        overrides = checkpoint.pop(OVERRIDES_KEY, None)
         if overrides:
             weights = checkpoint["model"] = dict(checkpoint["model"])
-            self._overrides, changes = apply_overrides(self.model, overrides, weights)
+            self._overrides, changes = override_model(self.model, overrides, weights)
             for change in changes:
                 logger.info("Geometry of the weights: %s", change)
         incompatible = super()._load_model(checkpoint)
@@ -133,13 +118,15 @@ def _check_fit(model: Dict[str, Tensor], weights: Dict[str, Tensor], filename: s
             f"(MODEL.ATSS.NUM_CLASSES) to {found}, or give the weights a new class predictor: "
             f"tools/convert_checkpoint.py IN OUT --num-classes {needed}."
         )
-    missing = [n for n in model if n not in weights and (found is not None or "bottom_up" in n)]
-    missing = [n for n in missing if not n.startswith("pixel_")]
-    extra = [name for name in weights if name not in model]
-    shapes = [n for n in weights if n in model and weights[n].shape != model[n].shape]
+    # Weights without a head are those of a bottom-up part alone.
+    needed_names = [n for n in model if found is not None or "bottom_up" in n]
+    missing = [n for n in needed_names if n not in weights and not n.startswith("pixel_")]
     for names, what in (
-        (extra, "which the model lacks"),
-        (shapes, "of another shape than the model's"),
+        ([n for n in weights if n not in model], "which the model lacks"),
+        (
+            [n for n in weights if n in model and weights[n].shape != model[n].shape],
+            "of another shape than the model's",
+        ),
         (missing, "missing, which the model needs"),
     ):
         if names:
@@ -150,23 +137,33 @@ def _check_fit(model: Dict[str, Tensor], weights: Dict[str, Tensor], filename: s
             )
 
 
+def require_checkpoint(checkpointer: ATSSCheckpointer) -> None:
+    """Check that there is something to resume.
+
+    Raises:
+        FileNotFoundError: no checkpoint in the checkpointer's folder.
+    """
+    if not checkpointer.has_checkpoint():
+        raise FileNotFoundError(
+            f"--resume: there is no checkpoint in {checkpointer.save_dir!r}. Start without "
+            "--resume, or set train.output_dir (OUTPUT_DIR) to the folder of the run to continue."
+        )
+
+
 def load_or_resume(checkpointer: ATSSCheckpointer, weights: str, resume: bool) -> None:
     """Load the initial weights, or everything of the last checkpoint.
 
     Args:
         checkpointer: of the model and, to resume, the trainer.
         weights: path or URL of the initial weights; "" for none.
-        resume: whether to go on from the last checkpoint of the checkpointer's folder.
+        resume: whether to continue from the last checkpoint of the checkpointer's folder.
 
     Raises:
         FileNotFoundError: nothing to resume, or no such weights.
         ValueError: weights that cannot be used, or match no parameter.
     """
-    if resume and not checkpointer.has_checkpoint():
-        raise FileNotFoundError(
-            f"--resume: there is no checkpoint in {checkpointer.save_dir!r}. Start without "
-            "--resume, or give the output folder of the run to go on with."
-        )
+    if resume:
+        require_checkpoint(checkpointer)
     try:
         checkpointer.resume_or_load(weights, resume=resume)
     except AssertionError as error:  # fvcore's way to say that a file is missing
@@ -174,21 +171,3 @@ def load_or_resume(checkpointer: ATSSCheckpointer, weights: str, resume: bool) -
             f"Weights {weights!r} cannot be loaded ({error}). Check train.init_checkpoint "
             "(MODEL.WEIGHTS)."
         ) from error
-
-
-def load_to_evaluate(checkpointer: ATSSCheckpointer, weights: str, resume: bool) -> None:
-    """Load what is to be evaluated; without weights there is nothing to evaluate.
-
-    Args:
-        checkpointer, weights, resume: see `load_or_resume`.
-
-    Raises:
-        FileNotFoundError, ValueError: see `load_or_resume`; also for no weights at all.
-    """
-    if not weights and not resume:
-        raise ValueError(
-            "--eval-only has no weights, and would evaluate random ones. Name a checkpoint in "
-            "train.init_checkpoint (MODEL.WEIGHTS), or add --resume for the last one of the output "
-            "folder."
-        )
-    load_or_resume(checkpointer, weights, resume)

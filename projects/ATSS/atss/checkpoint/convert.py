@@ -1,21 +1,19 @@
-"""What do the weights of another code base become here, and back?"""
+"""Conversion of weights: another code base's names to ours, and back; another number of classes."""
 
 import math
 import re
-from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Tuple
+from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor
 
 from .files import CheckpointError
-from .rules import translate
+from .key_maps import Source, translate
 from .sources import SOURCES, overrides_of
-
-__all__ = ["Converted", "convert_checkpoint", "detect_source", "num_classes_of", "rehead"]
 
 _HEAD = "proposal_generator.head."
 _OURS = "atss"
-_TOWER_CONV = re.compile(r"(proposal_generator\.head\.(?:cls|bbox)_tower\.\d+)\.weight")
+_TOWER_KERNEL = re.compile(r"proposal_generator\.head\.(?:cls|bbox)_tower\.\d+\.weight")
 
 
 class Converted(NamedTuple):
@@ -54,7 +52,7 @@ def convert_checkpoint(
 ) -> Converted:
     """Weights of another code base in our names, or ours in theirs.
 
-    Values are passed on, not changed and not copied; only one-element scales change their shape.
+    Values are neither changed nor copied; only one-element scales change their shape.
     mmdetection's towers have no bias: they get one of zeros, which computes the same, so that every
     source fits the same model.
 
@@ -81,9 +79,10 @@ def convert_checkpoint(
         raise ValueError(f"Unknown target {target!r}; known are 'atss', 'author' and 'mmdet'.")
     if source == "auto":
         if found is None:
+            titles = ", ".join(known_source.title for known_source in SOURCES.values())
             raise CheckpointError(
                 f"These are not weights of an ATSS detector or a ResNet: names are such as "
-                f"{sorted(weights)[:3]}; known are those of {_titles()}."
+                f"{sorted(weights)[:3]}; known are those of {titles}."
             )
         source = found
     if source == _OURS:
@@ -108,7 +107,7 @@ def num_classes_of(state_dict: Mapping[str, Tensor]) -> Optional[int]:
 def rehead(
     state_dict: Mapping[str, Tensor], num_classes: int, prior_prob: float = 0.01
 ) -> Tuple[Dict[str, Tensor], List[str]]:
-    """Weights for another number of classes: the class predictor starts anew, the same every time.
+    """Weights for another number of classes: the class predictor is re-initialised, seeded.
 
     Args:
         state_dict: in our names.
@@ -163,61 +162,60 @@ def _unwrap(checkpoint: Mapping[str, Any]) -> Dict[str, Tensor]:
 
 def _to_ours(weights: Dict[str, Tensor], name: str) -> Converted:
     source = SOURCES[name]
-    state_dict: Dict[str, Tensor] = {}
-    dropped: Dict[str, str] = {}
-    unknown = []
-    for key, value in weights.items():
-        reason = _reason_to_drop(key, source.dropped)
-        found = None if reason else translate(key, source.rules, to_ours=True)
-        if reason:
-            dropped[key] = reason
-        elif found is None:
-            unknown.append(key)
-        else:
-            ours, rule = found
-            state_dict[ours] = value.reshape(rule.reshape[1]) if rule.reshape else value
+    state_dict, dropped, unknown = _rename(weights, source, source.dropped, to_ours=True)
     if unknown or not state_dict:
         raise CheckpointError(
             f"These are not weights of an ATSS detector of {source.title}: it has no "
             f"{unknown[:3] or 'known names'} ({len(unknown)} unknown of {len(weights)} names)."
         )
     if name == "mmdet":
-        for key, value in list(state_dict.items()):
-            tower = _TOWER_CONV.fullmatch(key)
-            if tower and value.dim() == 4:
-                state_dict.setdefault(f"{tower.group(1)}.bias", value.new_zeros(len(value)))
+        for tower_bias, conv in _tower_biases(state_dict).items():
+            state_dict.setdefault(tower_bias, conv.new_zeros(len(conv)))
     return Converted(state_dict, overrides_of(name, state_dict), dropped)
 
 
-def _from_ours(weights: Dict[str, Tensor], target: str) -> Converted:
-    source = SOURCES[target]
-    state_dict: Dict[str, Tensor] = {}
-    dropped: Dict[str, str] = {}
-    for key, value in weights.items():
-        reason = _reason_to_drop(key, (*source.dropped, (r"pixel_(mean|std)", "is in the config")))
-        if target == "mmdet" and key.endswith(".bias"):
-            conv = _TOWER_CONV.fullmatch(key[: -len("bias")] + "weight")
-            if conv and weights[conv.group(0)].dim() == 4:
-                if value.any():
-                    raise CheckpointError(
-                        f"{key!r} is not zero, but mmdetection's tower convolutions have no bias. "
-                        "Train with model.head.conv_bias=False to convert to mmdetection."
-                    )
-                reason = "is zero; mmdetection's tower convolutions have no bias"
-        found = None if reason else translate(key, source.rules, False, weights)
-        if reason:
-            dropped[key] = reason
-        elif found is None:
-            raise CheckpointError(f"{key!r} has no name in {source.title}.")
-        else:
-            theirs, rule = found
-            state_dict[theirs] = value.reshape(rule.reshape[0]) if rule.reshape else value
+def _from_ours(weights: Dict[str, Tensor], name: str) -> Converted:
+    source = SOURCES[name]
+    to_drop = [*source.dropped, (r"pixel_(mean|std)", "is in the config")]
+    if name == "mmdet":
+        for tower_bias in _tower_biases(weights):
+            if tower_bias in weights and weights[tower_bias].any():
+                raise CheckpointError(
+                    f"{tower_bias!r} is not zero, but mmdetection's tower convolutions have no "
+                    "bias. Train with model.head.conv_bias=False to convert to mmdetection."
+                )
+            reason = "is zero; mmdetection's tower convolutions have no bias"
+            to_drop.append((re.escape(tower_bias), reason))
+    state_dict, dropped, unknown = _rename(weights, source, to_drop, to_ours=False)
+    if unknown:
+        raise CheckpointError(f"{unknown[0]!r} has no name in {source.title}.")
     return Converted(state_dict, {}, dropped)
 
 
-def _reason_to_drop(name: str, dropped) -> Optional[str]:
-    return next((reason for pattern, reason in dropped if re.fullmatch(pattern, name)), None)
+def _rename(
+    weights: Dict[str, Tensor], source: Source, to_drop: Sequence[Tuple[str, str]], to_ours: bool
+) -> Tuple[Dict[str, Tensor], Dict[str, str], List[str]]:
+    """Weights by their names on the other side, dropped names with reasons, and unknown names."""
+    state_dict: Dict[str, Tensor] = {}
+    dropped: Dict[str, str] = {}
+    unknown: List[str] = []
+    for name, value in weights.items():
+        reason = next((why for pattern, why in to_drop if re.fullmatch(pattern, name)), None)
+        found = None if reason else translate(name, source.rules, to_ours, weights)
+        if reason:
+            dropped[name] = reason
+        elif found is None:
+            unknown.append(name)
+        else:
+            new_name, rule = found
+            state_dict[new_name] = value.reshape(rule.reshape[to_ours]) if rule.reshape else value
+    return state_dict, dropped, unknown
 
 
-def _titles() -> str:
-    return ", ".join(source.title for source in SOURCES.values())
+def _tower_biases(weights: Mapping[str, Tensor]) -> Dict[str, Tensor]:
+    """Names of the biases of the towers' convolutions, there or not, each with its kernel."""
+    return {
+        f"{name[: -len('weight')]}bias": value
+        for name, value in weights.items()
+        if value.dim() == 4 and _TOWER_KERNEL.fullmatch(name)
+    }

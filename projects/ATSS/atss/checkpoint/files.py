@@ -1,38 +1,22 @@
-"""How are checkpoint files read and written without harm?
+"""Checkpoint files, read without running their code and written completely or not at all.
 
 Reading a pickle can run whatever code its author chose. `.pth` files are read as tensors and
-plain values only; `.pkl` files of Detectron2's zoo, which hold numpy arrays, are checked before.
+plain values only; `.pkl` files, which hold numpy arrays in Detectron2's zoo, are checked first.
 """
 
 import hashlib
 import os
 import pickle
 import re
-import tempfile
 from typing import Any, Dict
 
 import torch
 
 from detectron2.utils.file_io import PathManager
 
-__all__ = ["CheckpointError", "check_pickle", "fetch", "read_checkpoint", "write_checkpoint"]
-
 _HASH_SUFFIX = re.compile(r"-([0-9a-f]{8,64})\.pth$")
-# How PyTorch's reader words it when a file asks for more than tensors and plain values.
+# Words of PyTorch's reader for a file that asks for more than tensors and plain values.
 _NEEDS_CODE = ("GLOBAL", "Unsupported class", "was not an allowed global")
-# What a file that is none raises on the way, over the formats and versions of PyTorch.
-_BROKEN = (
-    AssertionError,
-    AttributeError,
-    EOFError,
-    IndexError,
-    KeyError,
-    OSError,
-    OverflowError,
-    RuntimeError,
-    TypeError,
-    ValueError,  # also UnicodeDecodeError
-)
 # What numpy needs to rebuild arrays; none of it runs code of the file.
 _HARMLESS = {
     ("_codecs", "encode"),
@@ -72,7 +56,7 @@ def read_checkpoint(path: str) -> Dict[str, Any]:
                 f"({_first_line(error)})"
             ) from error
         raise _corrupt(path, error) from error
-    except _BROKEN as error:
+    except Exception as error:  # a file that is no checkpoint raises nearly anything
         raise _corrupt(path, error) from error
     if not isinstance(content, dict):
         raise CheckpointError(
@@ -83,7 +67,7 @@ def read_checkpoint(path: str) -> Dict[str, Any]:
 
 
 def write_checkpoint(content: Dict[str, Any], path: str) -> None:
-    """Write a checkpoint as a whole or not at all: a file that is there stays until then.
+    """Write a checkpoint completely or not at all: an existing file stays until then.
 
     Args:
         content: tensors and plain values.
@@ -92,21 +76,16 @@ def write_checkpoint(content: Dict[str, Any], path: str) -> None:
     Raises:
         OSError: if it cannot be written.
     """
-    folder = os.path.dirname(os.path.abspath(path))
-    handle, temporary = tempfile.mkstemp(dir=folder, suffix=".part")
+    temporary = f"{path}.{os.getpid()}.part"
     try:
-        with os.fdopen(handle, "wb") as file:
+        with open(temporary, "wb") as file:
             torch.save(content, file)
             file.flush()
             os.fsync(file.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)  # mkstemp's file is for the owner alone
         os.replace(temporary, path)
-    except BaseException:
+    finally:
         if os.path.exists(temporary):
             os.remove(temporary)
-        raise
 
 
 def check_pickle(path: str) -> None:

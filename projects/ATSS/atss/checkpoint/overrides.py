@@ -1,13 +1,15 @@
-"""Where does the geometry of converted weights go: into a config, or into a model that is built?"""
+"""Geometry of converted weights: put into a config, or into a model that is already built."""
 
-from typing import Any, Callable, Dict, List, Mapping, Tuple
+from operator import attrgetter
+from typing import Any, Dict, List, Mapping, Tuple
 
 import torch
+from omegaconf import OmegaConf
 from torch import Tensor, nn
 
 from detectron2.layers import FrozenBatchNorm2d
 
-__all__ = ["apply_overrides", "override_config", "yacs_overrides"]
+OVERRIDES_KEY = "atss_overrides"  # of a checkpoint that remembers them
 
 _STEM = "backbone.bottom_up.stem.conv1.weight"
 
@@ -16,11 +18,20 @@ _YACS_KEYS = {
     "model.pixel_mean": "MODEL.PIXEL_MEAN",
     "model.pixel_std": "MODEL.PIXEL_STD",
     "model.box_offset": "MODEL.ATSS.BOX_OFFSET",
-    "model.sqrt_score": "MODEL.ATSS.SQRT_SCORE",
+    "model.selector.sqrt_score": "MODEL.ATSS.SQRT_SCORE",
     "model.anchor_generator.offset": "MODEL.ANCHOR_GENERATOR.OFFSET",
     "model.backbone.relu_before_p7": "MODEL.ATSS.RELU_BEFORE_P7",
     "model.backbone.frozen_bn_eps": "MODEL.ATSS.FROZEN_BN_EPS",
     "model.backbone.stride_in_1x1": "MODEL.RESNETS.STRIDE_IN_1X1",
+}
+# Keys in checkpoints of version 0.1 that have moved since.
+_KEYS_OF_0_1 = {"model.sqrt_score": "model.selector.sqrt_score"}
+# Where a built model keeps the entries that are plain attributes.
+_ATTRIBUTES = {
+    "model.box_offset": "proposal_generator.box_offset",
+    "model.selector.sqrt_score": "proposal_generator.selector.sqrt_score",
+    "model.anchor_generator.offset": "proposal_generator.anchor_generator.offset",
+    "model.backbone.relu_before_p7": "backbone.top_block.relu_before_p7",
 }
 
 
@@ -46,19 +57,14 @@ def override_config(cfg, overrides: Mapping[str, Any]):
         `cfg`.
     """
     if hasattr(cfg, "merge_from_list"):
-        flat: List[Any] = []
-        for key, value in yacs_overrides(overrides).items():
-            flat += [key, value]
-        cfg.merge_from_list(flat)
-        return cfg
-    from omegaconf import OmegaConf
-
-    for key, value in overrides.items():
-        OmegaConf.update(cfg, key, value, force_add=True)
+        cfg.merge_from_list([part for item in yacs_overrides(overrides).items() for part in item])
+    else:
+        for key, value in overrides.items():
+            OmegaConf.update(cfg, key, value, force_add=True)
     return cfg
 
 
-def apply_overrides(
+def override_model(
     model: nn.Module, overrides: Mapping[str, Any], state_dict: Dict[str, Tensor]
 ) -> Tuple[Dict[str, Any], List[str]]:
     """Give a built model the geometry of the weights it is about to load.
@@ -78,7 +84,7 @@ def apply_overrides(
     Raises:
         ValueError: naming the first override that the model has no place for.
     """
-    overrides = dict(overrides)
+    overrides = {_KEYS_OF_0_1.get(key, key): value for key, value in overrides.items()}
     input_format = overrides.get("model.input_format")
     model_format = getattr(model, "input_format", input_format)
     changes = []
@@ -93,7 +99,7 @@ def apply_overrides(
         changes.append(f"first convolution turned from {input_format} to {model_format}")
     for key, value in overrides.items():
         try:
-            before = _SETTERS[key](model, value) if key in _SETTERS else value
+            before = _set(model, key, value)
         except AttributeError as error:
             raise _conflict(key, value, str(error)) from error
         if before != value:
@@ -109,48 +115,35 @@ def _conflict(key: str, value: Any, reason: str) -> ValueError:
     )
 
 
-def _attribute(*path: str) -> Callable[[nn.Module, Any], Any]:
-    """Setter of a plain attribute, found by its path; returns the value before."""
-
-    def set_value(model: nn.Module, value: Any) -> Any:
-        owner: Any = model
-        for name in path[:-1]:
-            owner = getattr(owner, name)
-        before = getattr(owner, path[-1])
-        setattr(owner, path[-1], value)
-        return before
-
-    return set_value
-
-
-def _set_pixels(name: str) -> Callable[[nn.Module, Any], Any]:
-    def set_value(model: nn.Module, value: Any) -> Any:
-        buffer = getattr(model, name)
-        new = torch.tensor(value, dtype=buffer.dtype, device=buffer.device).view_as(buffer)
-        is_same = torch.equal(buffer, new)
-        before = value if is_same else buffer.flatten().tolist()
-        buffer.copy_(new)
-        return before
-
-    return set_value
-
-
-def _set_frozen_bn_eps(model: nn.Module, value: float) -> float:
+def _set(model: nn.Module, key: str, value: Any) -> Any:
+    """Set an entry in a built model; the value before, `value` itself if nothing changed."""
     before = value
-    for module in model.backbone.modules():
-        if isinstance(module, FrozenBatchNorm2d):
-            before, module.eps = module.eps, value
+    if key in _ATTRIBUTES:
+        path, _, name = _ATTRIBUTES[key].rpartition(".")
+        owner = attrgetter(path)(model)
+        before = getattr(owner, name)
+        setattr(owner, name, value)
+    elif key in ("model.pixel_mean", "model.pixel_std"):
+        buffer = attrgetter(key[len("model.") :])(model)
+        new = torch.tensor(value, dtype=buffer.dtype, device=buffer.device).view_as(buffer)
+        before = value if torch.equal(buffer, new) else buffer.flatten().tolist()
+        buffer.copy_(new)
+    elif key == "model.backbone.frozen_bn_eps":
+        for module in model.backbone.modules():
+            if isinstance(module, FrozenBatchNorm2d):
+                before, module.eps = module.eps, value
+    elif key == "model.backbone.stride_in_1x1":
+        before = _set_stride_in_1x1(model.backbone.bottom_up, value)
     return before
 
 
-def _set_stride_in_1x1(model: nn.Module, value: bool) -> bool:
+def _set_stride_in_1x1(bottom_up: nn.Module, value: bool) -> bool:
     before = value
-    bottom_up = model.backbone.bottom_up
     for stage in (bottom_up.res3, bottom_up.res4, bottom_up.res5):
         block = stage[0]
         if not hasattr(block, "conv3"):
             continue  # basic blocks have no 1x1
-        on_1x1, on_3x3 = (block.conv1.stride, block.conv2.stride)
+        on_1x1, on_3x3 = block.conv1.stride, block.conv2.stride
         before = on_1x1 != (1, 1)
         if before == value:
             continue
@@ -158,15 +151,3 @@ def _set_stride_in_1x1(model: nn.Module, value: bool) -> bool:
         if hasattr(block, "conv2_offset"):
             block.conv2_offset.stride = on_1x1
     return before
-
-
-_SETTERS: Dict[str, Callable[[nn.Module, Any], Any]] = {
-    "model.pixel_mean": _set_pixels("pixel_mean"),
-    "model.pixel_std": _set_pixels("pixel_std"),
-    "model.box_offset": _attribute("proposal_generator", "box_offset"),
-    "model.sqrt_score": _attribute("proposal_generator", "sqrt_score"),
-    "model.anchor_generator.offset": _attribute("proposal_generator", "anchor_generator", "offset"),
-    "model.backbone.relu_before_p7": _attribute("backbone", "top_block", "relu_before_p7"),
-    "model.backbone.frozen_bn_eps": _set_frozen_bn_eps,
-    "model.backbone.stride_in_1x1": _set_stride_in_1x1,
-}

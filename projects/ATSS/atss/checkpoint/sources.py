@@ -1,4 +1,4 @@
-"""What are parameters called elsewhere, and which geometry were they trained with?
+"""Other code bases: their names for our parameters, and the geometry they train with.
 
 The release (github.com/sfzhang15/ATSS) has the names of maskrcnn-benchmark; mmdetection's are the
 same in 2.x and 3.x; a bare ResNet has torchvision's.
@@ -6,9 +6,7 @@ same in 2.x and 3.x; a bare ResNet has torchvision's.
 
 from typing import Any, Dict, Mapping
 
-from .rules import Rule, Source
-
-__all__ = ["AUTHOR", "MMDET", "SOURCES", "TORCHVISION", "overrides_of"]
+from .key_maps import Rule, Source
 
 _BOTTOM_UP = "backbone.bottom_up"
 _HEAD = "proposal_generator.head"
@@ -118,7 +116,7 @@ _OVERRIDES: Dict[str, Dict[str, Any]] = {
         # It takes pixels as inclusive, so that its boxes lie half a pixel up and left of ours.
         "model.box_offset": 0.5,
         "model.anchor_generator.offset": 0.5,
-        "model.sqrt_score": True,
+        "model.selector.sqrt_score": True,
         "model.backbone.relu_before_p7": True,
         "model.backbone.frozen_bn_eps": 0.0,
     },
@@ -126,7 +124,7 @@ _OVERRIDES: Dict[str, Dict[str, Any]] = {
         **_IMAGENET_RGB,
         "model.box_offset": 0.0,
         "model.anchor_generator.offset": 0.0,
-        "model.sqrt_score": False,
+        "model.selector.sqrt_score": False,
         "model.backbone.relu_before_p7": False,
         "model.backbone.frozen_bn_eps": 1e-5,
     },

@@ -1,1 +1,22 @@
-"""Training runs: command line, launching processes, configs, the loop."""
+"""Training runs: command line, processes, configs of both kinds, one step, whole runs."""
+
+from .command_line import run, training_parser
+from .configs import choose_data, load_lazy_config, load_yaml_config, update_lazy_config
+from .loop import autocast_dtype, create_ddp_model, make_grad_scaler
+from .runs import build_model, evaluate_checkpoint, evaluate_lazy, train_lazy
+
+__all__ = [
+    "autocast_dtype",
+    "build_model",
+    "choose_data",
+    "create_ddp_model",
+    "evaluate_checkpoint",
+    "evaluate_lazy",
+    "load_lazy_config",
+    "load_yaml_config",
+    "make_grad_scaler",
+    "run",
+    "train_lazy",
+    "training_parser",
+    "update_lazy_config",
+]

@@ -1,4 +1,4 @@
-"""What do the command-line tools have in common? Options, several processes, short errors."""
+"""Options of the command-line tools, and how they run: in several processes, with short errors."""
 
 import argparse
 import sys
@@ -12,14 +12,12 @@ from detectron2.utils.logger import setup_logger
 from ..data import add_dataset_arguments
 from .launch import launch
 
-__all__ = ["run", "training_parser"]
-
-# What a user can cause and mend: a sentence is enough. Anything else is a bug and shows its trace.
+# What a user can cause and fix: a sentence is enough. Anything else is a bug and shows its trace.
 _USER_ERRORS = (ValueError, FileNotFoundError, FloatingPointError)
 
 
 def training_parser(description: str) -> argparse.ArgumentParser:
-    """Options of Detectron2's training tools, and those for data of one's own.
+    """Options of Detectron2's training tools, and those for your data.
 
     Args:
         description: docstring of the tool; shown as it is.
@@ -29,7 +27,7 @@ def training_parser(description: str) -> argparse.ArgumentParser:
     )
     parser.add_argument("--config-file", required=True, metavar="FILE", help="config to use")
     parser.add_argument(
-        "--resume", action="store_true", help="go on from the last checkpoint of the output folder"
+        "--resume", action="store_true", help="continue from the output folder's last checkpoint"
     )
     parser.add_argument("--eval-only", action="store_true", help="evaluate, do not train")
     parser.add_argument(
@@ -62,7 +60,7 @@ def run(
     Args:
         main: of the tool, in its module's top level, so that workers can import it.
         args: of `training_parser`.
-        device_of: tells from `args` where the config wants the model, which several processes must
+        device_of: reads from `args` where the config wants the model, which several processes must
             know before they start; "cuda" if not given.
     """
     try:
@@ -81,9 +79,9 @@ def run(
         sys.exit(f"{type(error).__name__}: {error}")
     except torch.multiprocessing.ProcessRaisedException as error:
         # The last line of a worker's trace is its error.
-        lines = str(error).strip().splitlines()
-        if any(lines[-1].startswith(kind.__name__) for kind in _USER_ERRORS):
-            sys.exit(lines[-1])
+        last_line = str(error).strip().splitlines()[-1]
+        if last_line.startswith(tuple(kind.__name__ for kind in _USER_ERRORS)):
+            sys.exit(last_line)
         raise
 
 

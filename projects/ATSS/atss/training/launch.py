@@ -1,22 +1,17 @@
-"""How does a run become several processes, with or without GPUs?
+"""Launching a run as several processes, with or without GPUs.
 
-Detectron2's `launch` asks for CUDA up to version 0.6; this one falls back to gloo on the CPU.
+Detectron2's `launch` demands CUDA up to version 0.6; this one uses gloo on the CPU.
 """
 
-import logging
 import socket
 from datetime import timedelta
-from typing import Any, Callable, Tuple
+from typing import Any, Callable, Dict, Tuple
 
 import torch
 from torch import distributed as dist
 from torch import multiprocessing
 
 from detectron2.utils import comm
-
-__all__ = ["choose_backend", "launch"]
-
-logger = logging.getLogger(__name__)
 
 
 def launch(
@@ -52,8 +47,8 @@ def launch(
     if world_size == 1:
         main_func(*args)
         return
-    use_gpus = choose_backend(device) == "nccl"
-    if use_gpus and num_processes > torch.cuda.device_count():
+    backend = choose_backend(device)
+    if backend == "nccl" and num_processes > torch.cuda.device_count():
         raise ValueError(
             f"{num_processes} processes need as many GPUs, this machine has "
             f"{torch.cuda.device_count()}. Lower --num-gpus, or set train.device (MODEL.DEVICE) to "
@@ -63,10 +58,11 @@ def launch(
         if num_machines > 1:
             raise ValueError("dist_url='auto' serves one machine; give several a common address.")
         dist_url = f"tcp://127.0.0.1:{_free_port()}"
+    group = dict(backend=backend, init_method=dist_url, world_size=world_size, timeout=timeout)
     multiprocessing.spawn(
         _worker,
         nprocs=num_processes,
-        args=(main_func, world_size, num_processes, machine_rank, dist_url, args, timeout, device),
+        args=(main_func, args, group, num_processes, machine_rank),
     )
 
 
@@ -91,25 +87,15 @@ def _free_port() -> int:
 def _worker(
     local_rank: int,
     main_func: Callable[..., Any],
-    world_size: int,
+    args: Tuple,
+    group: Dict[str, Any],
     num_processes: int,
     machine_rank: int,
-    dist_url: str,
-    args: Tuple,
-    timeout: timedelta,
-    device: str,
 ) -> None:
-    backend = choose_backend(device)
-    dist.init_process_group(
-        backend=backend,
-        init_method=dist_url,
-        world_size=world_size,
-        rank=machine_rank * num_processes + local_rank,
-        timeout=timeout,
-    )
+    dist.init_process_group(rank=machine_rank * num_processes + local_rank, **group)
     try:
-        _create_local_group(num_processes, machine_rank, world_size)
-        if backend == "nccl":
+        _create_local_group(num_processes, machine_rank, group["world_size"])
+        if group["backend"] == "nccl":
             torch.cuda.set_device(local_rank)
         comm.synchronize()
         main_func(*args)
@@ -122,8 +108,7 @@ def _create_local_group(num_processes: int, machine_rank: int, world_size: int) 
     if hasattr(comm, "create_local_process_group"):
         comm.create_local_process_group(num_processes)
         return
-    for machine in range(world_size // num_processes):
-        first = machine * num_processes
-        group = dist.new_group(list(range(first, first + num_processes)))
-        if machine == machine_rank:
-            comm._LOCAL_PROCESS_GROUP = group
+    for first in range(0, world_size, num_processes):
+        local_group = dist.new_group(list(range(first, first + num_processes)))
+        if first == machine_rank * num_processes:
+            comm._LOCAL_PROCESS_GROUP = local_group

@@ -1,4 +1,4 @@
-"""What happens in one step of training, on any device and in any precision?"""
+"""One step of training, on any device and in any precision."""
 
 import time
 from typing import Any, Dict, Iterable, Optional
@@ -11,13 +11,6 @@ from detectron2.engine import SimpleTrainer
 from detectron2.utils import comm
 
 from ..device import has_fast_bfloat16
-
-__all__ = [
-    "StepTrainer",
-    "autocast_dtype",
-    "create_ddp_model",
-    "make_grad_scaler",
-]
 
 _DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -57,7 +50,7 @@ def autocast_dtype(enabled: bool, precision: str, device: torch.device) -> Optio
 def make_grad_scaler(dtype: Optional[torch.dtype]) -> Optional[Any]:
     """Scaler of gradients for an autocast type.
 
-    Only float16 needs one, whose range gradients leave; bfloat16 has that of float32.
+    Only float16 needs one: small gradients become 0 in it. bfloat16 has the range of float32.
 
     Args:
         dtype: as `autocast_dtype` gives it.

@@ -1,10 +1,8 @@
-"""How is a map between two sets of names declared, so that it can be read both ways?"""
+"""Maps between two sets of parameter names, declared once and read both ways."""
 
 import re
 from functools import cache
 from typing import Collection, Dict, NamedTuple, Optional, Sequence, Tuple
-
-__all__ = ["Rule", "Source", "translate"]
 
 _FIELD = re.compile(r"\{(?:(\d+)\*)?([a-z]+)(?:\+(\d+))?\}")
 
@@ -34,7 +32,7 @@ class Source(NamedTuple):
 
     Attributes:
         name: as `convert_checkpoint` takes it.
-        title: for people.
+        title: its name in messages.
         marks: regular expressions of names; all must occur for weights to be recognised.
         rules: the map; the first rule that fits a name counts.
         dropped: (regular expression of names, reason) of what has no place here.

@@ -1,0 +1,184 @@
+"""Runs: models and trainers built, trained and evaluated as a config says."""
+
+import logging
+from typing import Any, Callable, Dict, Iterable, List, Optional, Sequence
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from torch import nn
+
+from detectron2.config import CfgNode, instantiate
+from detectron2.engine import default_writers, hooks
+from detectron2.evaluation import inference_on_dataset, print_csv_format
+from detectron2.modeling import build_model as build_yaml_model
+from detectron2.utils import comm
+
+from ..checkpoint import ATSSCheckpointer, load_or_resume, require_checkpoint
+from ..device import compile_dense_parts
+from ..inference_mode import prepare_as_configured
+from ..tta import ATSSWithTTA, make_views, release_views
+from .configs import Config, available_device, get_setting
+from .loop import StepTrainer, autocast_dtype, create_ddp_model
+
+logger = logging.getLogger(__name__)
+
+Results = Dict[str, Any]
+
+
+def build_model(cfg: Config) -> nn.Module:
+    """The model of a config of either kind, in its memory format, on its device if that exists."""
+    if isinstance(cfg, CfgNode):
+        model = build_yaml_model(cfg)
+    else:
+        model = instantiate(cfg.model).to(available_device(cfg))
+    if get_setting(cfg, "channels_last", False):
+        model = model.to(memory_format=torch.channels_last)
+    return model
+
+
+def build_step_trainer(
+    cfg: Config, model: nn.Module, data_loader: Iterable, optimizer: torch.optim.Optimizer
+) -> StepTrainer:
+    """What runs a step: compiled, distributed, in mixed precision as a config of either kind says.
+
+    Raises:
+        ValueError: see `compile_dense_parts`, `autocast_dtype`.
+    """
+    logger.info("Model:\n%s", model)
+    if get_setting(cfg, "compile", False):
+        compile_dense_parts(model)
+    device = next(model.parameters()).device
+    precision = get_setting(cfg, "amp_precision", "float16")
+    dtype = autocast_dtype(get_setting(cfg, "amp"), precision, device)
+    options = {"broadcast_buffers": False} if isinstance(cfg, CfgNode) else cfg.train.ddp
+    return StepTrainer(create_ddp_model(model, **options), data_loader, optimizer, dtype)
+
+
+def evaluate_lazy(cfg: DictConfig, model: nn.Module) -> Optional[Results]:
+    """Evaluate on `dataloader.test` with `dataloader.evaluator`, where the config has them.
+
+    Returns:
+        Results such as {"bbox": {"AP": ...}} in percent on the main process; None without a set.
+    """
+    if "evaluator" not in cfg.dataloader or not cfg.dataloader.test.dataset.names:
+        return None
+    results = inference_on_dataset(
+        model, instantiate(cfg.dataloader.test), instantiate(cfg.dataloader.evaluator)
+    )
+    if comm.is_main_process():
+        print_csv_format(results)
+    return results
+
+
+def evaluate_with_tta(
+    cfg: Config, model: nn.Module, evaluate: Callable[..., Optional[Results]] = evaluate_lazy
+) -> Results:
+    """Evaluate with the test-time augmentation of a config of either kind.
+
+    Returns:
+        Results of `evaluate(cfg, augmented_model)`, under names that end in "_TTA".
+    """
+    if isinstance(cfg, CfgNode):
+        augmented = ATSSWithTTA(cfg, model)
+    else:
+        tta = OmegaConf.to_container(cfg.train.tta)
+        del tta["enabled"]
+        base_size = tta.pop("base_size")
+        scales = [tta.pop(key) for key in ("min_sizes", "max_size", "flip", "size_ranges")]
+        views = release_views(scales[2], base_size) if scales[0] is None else make_views(*scales)
+        augmented = ATSSWithTTA(model, views, **tta)
+    results = evaluate(cfg, augmented) or {}
+    return {f"{name}_TTA": result for name, result in results.items()}
+
+
+def evaluate_checkpoint(
+    cfg: Config,
+    resume: bool = False,
+    build: Callable[..., nn.Module] = build_model,
+    evaluate: Callable[..., Optional[Results]] = evaluate_lazy,
+    evaluate_tta: Callable[..., Results] = evaluate_with_tta,
+) -> Results:
+    """Evaluate the weights of a config, or the last checkpoint: what --eval-only does.
+
+    The model is prepared as `train.prepare` (TEST.PREPARE) says, and evaluated without, then with
+    test-time augmentation, if `train.tta` (TEST.AUG) is enabled.
+
+    Args:
+        cfg: of either kind.
+        resume: take the last checkpoint of the output folder.
+        build: makes the model of `cfg`.
+        evaluate, evaluate_tta: take `cfg` and the model.
+
+    Returns:
+        Results of `evaluate` and `evaluate_tta`.
+
+    Raises:
+        FileNotFoundError, ValueError: no weights, or see `load_or_resume`, `prepare_as_configured`.
+    """
+    weights = get_setting(cfg, "weights")
+    if not weights and not resume:
+        raise ValueError(
+            "--eval-only has no weights, and would evaluate random ones. Name a checkpoint in "
+            "train.init_checkpoint (MODEL.WEIGHTS), or add --resume for the last one of the output "
+            "folder."
+        )
+    model = build(cfg)
+    load_or_resume(ATSSCheckpointer(model, get_setting(cfg, "output_dir")), weights, resume)
+    settings = get_setting(cfg, "prepare", {"enabled": False})
+    settings = {key.lower(): value for key, value in settings.items()}
+    model = prepare_as_configured(model, settings)
+    results = evaluate(cfg, model) or {}
+    if get_setting(cfg, "tta", False):
+        results.update(evaluate_tta(cfg, model))
+    return results
+
+
+def train_lazy(
+    cfg: DictConfig, resume: bool = False, extra_hooks: Sequence[hooks.HookBase] = ()
+) -> Optional[Results]:
+    """Train as a LazyConfig says, in this worker.
+
+    Args:
+        cfg: with `model`, `optimizer`, `lr_multiplier`, `dataloader` and `train`.
+        resume: continue from the last checkpoint in `train.output_dir`.
+        extra_hooks: registered before the writers, so that they see what these write.
+
+    Returns:
+        Results of the last evaluation on the main process, None if there was none.
+
+    Raises:
+        FileNotFoundError: nothing to resume, or the initial weights are missing.
+        ValueError: initial weights that match no parameter.
+        FloatingPointError: the loss became infinite or NaN.
+    """
+    train = cfg.train
+    model = build_model(cfg)
+    cfg.optimizer.params.model = model
+    optimizer = instantiate(cfg.optimizer)
+    cfg.optimizer.params.model = None
+    if resume:  # before the data are loaded, which takes long
+        require_checkpoint(ATSSCheckpointer(model, train.output_dir))
+    trainer = build_step_trainer(cfg, model, instantiate(cfg.dataloader.train), optimizer)
+    checkpointer = ATSSCheckpointer(trainer.model, train.output_dir, trainer=trainer)
+    results: List[Optional[Results]] = [None]
+
+    def evaluate():
+        results[0] = evaluate_lazy(cfg, trainer.model)
+        return results[0]
+
+    is_main = comm.is_main_process()
+    writers = default_writers(train.output_dir, train.max_iter) if is_main else []
+    trainer.register_hooks(
+        [
+            hooks.IterationTimer(),
+            hooks.LRScheduler(scheduler=instantiate(cfg.lr_multiplier)),
+            hooks.PeriodicCheckpointer(checkpointer, **train.checkpointer) if is_main else None,
+            hooks.EvalHook(train.eval_period, evaluate),
+            *extra_hooks,
+            hooks.PeriodicWriter(writers, period=train.log_period) if is_main else None,
+        ]
+    )
+    load_or_resume(checkpointer, train.init_checkpoint, resume)
+    # A checkpoint holds the iteration that was just finished.
+    trainer.train(trainer.iter + 1 if resume else 0, train.max_iter)
+    return results[0]
