@@ -100,7 +100,7 @@ def test_a_saved_checkpoint_remembers_the_geometry(tmp_path):
 
 def test_a_checkpoint_of_version_0_1_gives_its_geometry(tmp_path):
     path = tmp_path / "old.pth"
-    overrides = {"model.box_offset": 0.5, "model.sqrt_score": False}
+    overrides = {"model.box_offset": 0.5, "model.sqrt_score": False, "model.input_format": "BGR"}
     torch.save({"model": tiny_detector().state_dict(), OVERRIDES_KEY: overrides}, path)
     model = tiny_detector()
     ATSSCheckpointer(model).load(str(path))
