@@ -75,8 +75,9 @@ class AnchorGrid:
     by row, column, anchor, as Detectron2 orders them; levels follow each other.
 
     What a level is made of also lies on the device, one value per level, and is uploaded once:
-    `widths`, `areas` (Hi * Wi) and `level_starts` (index of the first anchor), (L,) int64,
-    `stride_values` (L,) float32 and `cell_anchors` (L, A, 4).
+    `widths` and `level_starts` (index of the first anchor), (L,) int64, `areas` (2, L) int64 (Hi *
+    Wi, and their sum over the levels before), `stride_values` (L,) float32 and `cell_anchors`
+    (L, A, 4).
 
     Args:
         grid_sizes: L pairs (Hi, Wi): locations of each level.
@@ -158,7 +159,9 @@ class AnchorGrid:
 
     @cached_property
     def areas(self) -> Tensor:
-        return self.constant("areas", [height * width for height, width in self.grid_sizes])
+        areas = [height * width for height, width in self.grid_sizes]
+        before = itertools.accumulate([0, *areas[:-1]])
+        return self.constant("areas", [areas, list(before)])
 
     @cached_property
     def level_starts(self) -> Tensor:

@@ -78,17 +78,20 @@ class Places(NamedTuple):
         image_idxs: (S,) int64, which of the N images.
         locations: level, position and cell, (S,) each.
         areas: (S,) int64, Hi * Wi of that level.
+        areas_before: (S,) int64, Hi * Wi of the levels before it, summed.
     """
 
     image_idxs: Tensor
     locations: Locations
     areas: Tensor
+    areas_before: Tensor
 
     @classmethod
     def of(cls, grid: AnchorGrid, image_idxs: Tensor, anchor_idxs: Tensor) -> "Places":
         """Places of anchors given by image and by index among the R anchors of an image."""
         locations = grid.locate(anchor_idxs)
-        return cls(image_idxs, locations, grid.areas[locations.levels])
+        areas, areas_before = grid.areas[:, locations.levels].unbind()
+        return cls(image_idxs, locations, areas, areas_before)
 
 
 class FlatMaps(NamedTuple):
@@ -96,12 +99,14 @@ class FlatMaps(NamedTuple):
 
     Attributes:
         values: L tensors (N * depth * Hi * Wi,).
+        num_images: N.
         depth: channels of every map.
         channels_last: whether that order is image, row, column, channel instead of image, channel,
             row, column.
     """
 
     values: List[Tensor]
+    num_images: int
     depth: int
     channels_last: bool
 
@@ -112,7 +117,8 @@ class FlatMaps(NamedTuple):
             x.is_contiguous(memory_format=torch.channels_last) for x in maps
         )
         order = (0, 2, 3, 1) if channels_last else (0, 1, 2, 3)
-        return cls([x.permute(order).reshape(-1) for x in maps], maps[0].shape[1], channels_last)
+        values = [x.permute(order).reshape(-1) for x in maps]
+        return cls(values, *maps[0].shape[:2], channels_last)
 
     def offsets(self, places: Places, num_anchors: int, which: Optional[Tensor] = None) -> Tensor:
         """Where in `values` the predictions of S anchors lie, (S, D) int64.
@@ -133,13 +139,19 @@ class FlatMaps(NamedTuple):
             return (image_idxs * areas + positions) * self.depth + channels
         return (image_idxs * self.depth + channels) * areas + positions
 
+    def gather(self, places: Places, offsets: Tensor) -> Tensor:
+        """Values at (S, D) offsets in the levels of S anchors; gradients flow back."""
+        starts = places.areas_before * (self.num_images * self.depth)
+        levels = places.locations.levels
+        return _Gather.apply(levels.unsqueeze(1), offsets, starts.unsqueeze(1), *self.values)
+
 
 class _Gather(torch.autograd.Function):
-    """`gather`; the backward of every level adds to zeros, without sorting."""
+    """`FlatMaps.gather`; the backward adds to one buffer for all levels, without sorting."""
 
     @staticmethod
-    def forward(ctx, levels: Tensor, offsets: Tensor, *values: Tensor) -> Tensor:
-        ctx.save_for_backward(levels, offsets)
+    def forward(ctx, levels: Tensor, offsets: Tensor, starts: Tensor, *values: Tensor) -> Tensor:
+        ctx.save_for_backward(starts + offsets)
         ctx.sizes = [x.numel() for x in values]
         result = values[0].new_zeros(offsets.shape)
         for i, level in enumerate(values):
@@ -150,27 +162,10 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        levels, offsets = ctx.saved_tensors
-        grads = []
-        for i, size in enumerate(ctx.sizes):
-            is_here = levels == i
-            here, part = torch.where(is_here, offsets, 0), torch.where(is_here, grad, 0)
-            grads.append(grad.new_zeros(size).index_add_(0, here.view(-1), part.view(-1)))
-        return (None, None, *grads)
-
-
-def gather(levels: Tensor, offsets: Tensor, values: Sequence[Tensor]) -> Tensor:
-    """Values at offsets in several flat tensors; gradients flow back.
-
-    Args:
-        levels: (S,) int64, in which of the L tensors.
-        offsets: (S, D) int64, where there.
-        values: L flat tensors.
-
-    Returns:
-        (S, D) of the type of `values`.
-    """
-    return _Gather.apply(levels.unsqueeze(1), offsets, *values)
+        (positions,) = ctx.saved_tensors
+        buffer = grad.new_zeros(sum(ctx.sizes))
+        buffer.index_add_(0, positions.view(-1), grad.reshape(-1))
+        return (None, None, None, *buffer.split(ctx.sizes))
 
 
 def read_maps(
@@ -189,7 +184,7 @@ def read_maps(
     """
     flat = FlatMaps.of(maps)
     offsets = flat.offsets(places, num_anchors, which)
-    return gather(places.locations.levels, offsets, flat.values)
+    return flat.gather(places, offsets)
 
 
 class PredictionsAt:

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from ..checks import check_range
 from ..device import CompiledWhereSupported, is_compiling
-from ..predictions import FlatMaps, Places, gather
+from ..predictions import FlatMaps, Places
 
 # From here on sigmoid(x) is 1 and softplus(x) is x in float32; exp(x) would overflow at 88.7.
 _LARGE = 80.0
@@ -91,7 +91,7 @@ class ClassLoss:
         targets = targets.float()
         masks = _masks_per_level(is_ignored, logits, num_anchors, flat.channels_last)
         if is_compiling():
-            values = gather(levels, offsets, flat.values).squeeze(1).float()
+            values = flat.gather(places, offsets).squeeze(1).float()
             background = sum(
                 _background_sum(
                     _masked_view(x, mask), mask, None, self.background_weight, self.gamma
@@ -99,7 +99,11 @@ class ClassLoss:
                 for x, mask in zip(flat.values, masks)
             )
             return background + self._correction(values, targets, is_positive)
-        return _StreamedSum.apply(self, levels, offsets, targets, is_positive, masks, *flat.values)
+        with torch.no_grad():
+            samples = flat.gather(places, offsets).squeeze(1).float()  # (S,)
+        return _StreamedSum.apply(
+            self, levels, offsets.squeeze(1), samples, targets, is_positive, masks, *flat.values
+        )
 
     def _correction(self, values: Tensor, targets: Tensor, is_positive: Tensor) -> Tensor:
         """What the sum of all logits as background gains where samples are positive."""
@@ -167,7 +171,7 @@ class _StreamedSum(torch.autograd.Function):
     """Value and gradient in the forward; the backward only scales."""
 
     @staticmethod
-    def forward(ctx, loss, levels, offsets, targets, is_positive, masks, *values):
+    def forward(ctx, loss, levels, offsets, samples, targets, is_positive, masks, *values):
         dtype = values[0].dtype
         grads: List[Optional[Tensor]] = [None] * len(values)
         if any(ctx.needs_input_grad):
@@ -177,12 +181,11 @@ class _StreamedSum(torch.autograd.Function):
             # One element more: it takes what is written for samples that are not positive here.
             grads = [x.new_empty(x.numel() + 1, dtype=kept) for x in values]
         total = _sum_as_background(values, masks, grads, loss.background_weight, loss.gamma)
-        samples = gather(levels, offsets, values).squeeze(1).float()  # (S,)
         if any(ctx.needs_input_grad):
             slopes = _slopes(loss, samples, targets)
             for i, grad in enumerate(grads):
                 is_here = is_positive & (levels == i)
-                places = torch.where(is_here, offsets.squeeze(1), grad.numel() - 1)
+                places = torch.where(is_here, offsets, grad.numel() - 1)
                 grad[places] = slopes.to(grad.dtype)
         ctx.dtype = dtype
         ctx.save_for_backward(*grads)
@@ -196,7 +199,7 @@ class _StreamedSum(torch.autograd.Function):
                 "forward, has no graph. Call backward or autograd.grad with create_graph=False."
             )
         grads = [(grad[:-1] * grad_output).to(ctx.dtype) for grad in ctx.saved_tensors]
-        return (None, None, None, None, None, None, *grads)
+        return (None, None, None, None, None, None, None, *grads)
 
 
 def _slopes(loss: ClassLoss, samples: Tensor, targets: Tensor) -> Tensor:
