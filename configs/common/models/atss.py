@@ -60,7 +60,7 @@ model = L(build_detector)(
         nms_thresh=0.6,
         detections_per_image=100,
     ),
-    # The mean of the MSRA weights, whose first convolution has taken up the deviation.
+    # Mean of the MSRA weights; the deviation is folded into their first convolution.
     pixel_mean=[102.9801, 115.9465, 122.7717],
     pixel_std=[1.0, 1.0, 1.0],
     input_format="BGR",
