@@ -1,4 +1,4 @@
-"""COCO 2017 as the paper trains on it: short edge 800, long edge at most 1333, horizontal flip.
+"""COCO 2017 in the paper's sizes: short edge 800, long edge at most 1333, horizontal flip.
 
 `multi_scale_resize` is the resize of the 2x recipe: every integer short edge from 640 to 800.
 """
@@ -46,7 +46,7 @@ dataloader.test = L(build_detection_test_loader)(
 
 dataloader.evaluator = L(COCOEvaluator)(dataset_name="${..test.dataset.names.0}", tasks=["bbox"])
 
-# Both ends belong to the range: with sample_style="range" the size is drawn from 640..800.
+# With sample_style="range" the short edge is drawn from 640 to 800, both included.
 multi_scale_resize = L(T.ResizeShortestEdge)(
     short_edge_length=[640, 800], sample_style="range", max_size=1333
 )
