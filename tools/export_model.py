@@ -31,7 +31,7 @@ from atss.export.metadata import class_names_of, describe, resize_rule, write_me
 from atss.export.operators import MissingOperatorError
 from atss.export.samples import spread_scores
 from atss.model_zoo import config_file, get_checkpoint_url
-from atss.training import load_lazy_config, load_yaml_config
+from atss.training import find_config, load_lazy_config, load_yaml_config
 from torch import nn
 
 from detectron2.config import instantiate
@@ -55,12 +55,14 @@ def parse_arguments(argv: Optional[List[str]] = None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--config-file", metavar="FILE", help="LazyConfig (.py) or YAML config")
+    source.add_argument(
+        "--config-file", metavar="FILE", help="LazyConfig (.py), YAML config, or folder of a run"
+    )
     source.add_argument("--zoo", metavar="NAME", help="config by name, such as atss_R_50_FPN_1x")
     parser.add_argument(
         "--weights",
         metavar="FILE",
-        help="checkpoint or URL; default with --zoo: the published one",
+        help="checkpoint, URL or folder of a run; default with --zoo: the published one",
     )
     parser.add_argument(
         "--random-weights", action="store_true", help="to try whether a model can be exported"
@@ -108,9 +110,10 @@ def export(args: argparse.Namespace) -> bool:
     """
     check_arguments(args)
     image = None if args.check_image is None else read_image(args.check_image)
-    cfg, model = build(args)
+    cfg, model, class_names = build(args)
     size = tuple(args.size)
-    class_names = args.class_names.split(",") if args.class_names else None
+    if args.class_names:
+        class_names = args.class_names.split(",")
     description = describe(
         model,
         args.output,
@@ -119,7 +122,7 @@ def export(args: argparse.Namespace) -> bool:
         args.raw_heads,
         size if args.raw_heads and args.format != "torchscript" else None,
         resize_rule(cfg),
-        class_names or class_names_of(cfg, num_classes_of(model)),
+        class_names,
         args.opset if args.format == "onnx" else None,
     )
     output = Path(args.output)
@@ -179,9 +182,13 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise ValueError("Give the trained --weights, or --random-weights to try the export.")
 
 
-def build(args: argparse.Namespace) -> Tuple[object, nn.Module]:
-    """The config and its model, with weights, on the CPU, in evaluation mode."""
-    file = config_file(args.zoo) if args.zoo else args.config_file
+def build(args: argparse.Namespace) -> Tuple[object, nn.Module, Optional[List[str]]]:
+    """The config and its model, with weights, on the CPU, in evaluation mode; class names if known.
+
+    Weights that do not name their classes are not given the names of the config's data set, which
+    need not be theirs; only published ones are.
+    """
+    file = config_file(args.zoo) if args.zoo else find_config(args.config_file)
     weights = args.weights
     if weights is None and not args.random_weights:
         weights = get_checkpoint_url(args.zoo)
@@ -192,11 +199,16 @@ def build(args: argparse.Namespace) -> Tuple[object, nn.Module]:
     else:
         cfg = load_lazy_config(file, args.opts)
         model = instantiate(cfg.model)
+    class_names = None
     if weights:
-        load_or_resume(ATSSCheckpointer(model), weights, resume=False)
+        class_names = load_or_resume(ATSSCheckpointer(model), weights, resume=False).class_names
     else:
         spread_scores(model)
-    return cfg, model.eval()
+    if not args.weights:
+        class_names = class_names_of(cfg, num_classes_of(model))
+    elif class_names is None and not args.class_names:
+        print("These weights do not name their classes; model.json has none without --class-names.")
+    return cfg, model.eval(), class_names
 
 
 def is_yacs(file: str) -> bool:

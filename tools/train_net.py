@@ -7,6 +7,7 @@
         MODEL.WEIGHTS output/atss_R_50_FPN_1x/model_final.pth
 """
 
+from atss.checkpoint import require_weights
 from atss.trainer import Trainer
 from atss.training import choose_data, load_yaml_config, run, training_parser
 
@@ -20,6 +21,8 @@ def main(args):
     default_setup(cfg, args)
     if args.eval_only:
         return Trainer.evaluate_checkpoint(cfg, args.resume)
+    # Before the data are loaded, which takes long.
+    require_weights(cfg.OUTPUT_DIR, cfg.MODEL.WEIGHTS, args.resume)
     trainer = Trainer(cfg)
     trainer.resume_or_load(resume=args.resume)
     results = trainer.train()

@@ -1,5 +1,6 @@
 """Weights of other code bases: names, shapes, geometry, files that cannot be trusted."""
 
+import logging
 import os
 import pickle
 
@@ -23,6 +24,7 @@ from atss.checkpoint import (
 from atss.config import add_atss_config
 from atss.head import ATSSHead
 from atss.model_zoo import get_config
+from atss.stored_settings import STATE_KEY, settings_of
 from author_keys import RELEASES, author_shapes, mmdet_shapes
 from conftest import GOLDEN, golden_cases, tiny_detector
 
@@ -56,7 +58,8 @@ def our_shapes(release):
             ),
             "proposal_generator.head.": ATSSHead(256, 80, deformable=release.deformable),
         }
-    return shapes_of({p + n: v for p, part in parts.items() for n, v in part.state_dict().items()})
+    weights = {p + n: v for p, part in parts.items() for n, v in part.state_dict().items()}
+    return shapes_of({n: v for n, v in weights.items() if not n.endswith(STATE_KEY)})
 
 
 def shapes_of(weights):
@@ -211,30 +214,33 @@ def test_turned_channels_compute_the_same():
         "model.pixel_mean": [1.0, 2.0, 3.0],
         "model.pixel_std": [60.0] * 3,
     }
-    applied, _ = override_model(bgr, overrides, weights)
-    bgr.load_state_dict(weights)
+    bgr.load_state_dict(override_model(bgr, overrides, weights))
     image = torch.rand(3, 64, 64) * 255
     with torch.no_grad():
         expected = rgb.backbone(rgb.preprocess_image([{"image": image}]).tensor)["p3"]
         found = bgr.backbone(bgr.preprocess_image([{"image": image.flip(0)}]).tensor)["p3"]
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
-    assert applied["model.pixel_mean"] == [3.0, 2.0, 1.0]
+    assert settings_of(bgr)["model.pixel_mean"] == [3.0, 2.0, 1.0]
+    assert bgr.input_format == "BGR"
 
 
-def test_overrides_change_what_the_model_computes_with():
+def test_overrides_change_what_the_model_computes_with(caplog):
     model = tiny_detector(
         backbone=resnet_fpn(50, stem_out_channels=32, res2_out_channels=32, out_channels=64)
     )
     overrides = convert_checkpoint(meta(MMDET)).overrides
-    _, changes = override_model(model, overrides, {})
+    with caplog.at_level(logging.INFO, logger="atss"):
+        override_model(model, overrides, {})
     core, backbone = model.proposal_generator, model.backbone
     assert core.anchor_generator.offset == 0.0 and core.selector.sqrt_score is False
     assert backbone.top_block.relu_before_p7 is False
     block = backbone.bottom_up.res3[0]
     assert (block.conv1.stride, block.conv2.stride) == ((1, 1), (2, 2))
-    assert any("relu_before_p7" in change for change in changes)
-    _, changes = override_model(model, overrides, {})
-    assert not [change for change in changes if "turned" not in change and "pixel" not in change]
+    assert "relu_before_p7: True -> False" in caplog.text
+    caplog.clear()
+    with caplog.at_level(logging.INFO, logger="atss"):
+        override_model(model, overrides, {})
+    assert [r for r in caplog.messages if "first convolution" not in r] == []
 
 
 def test_a_model_without_place_for_the_geometry_is_a_conflict():

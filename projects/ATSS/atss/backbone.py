@@ -17,6 +17,7 @@ from detectron2.modeling.backbone.resnet import BasicBlock, BottleneckBlock
 
 from .checks import check_choice
 from .layers import DeformConv2d, split_offsets
+from .stored_settings import StoresSettings
 
 _BLOCKS_PER_STAGE = {
     18: (2, 2, 2, 2),
@@ -43,6 +44,12 @@ class P6P7FromP5(LastLevelP6P7):
         """P5 (N, C, H, W) to [P6, P7], each half the size of the one before."""
         p6 = self.p6(p5)
         return [p6, self.p7(F.relu(p6) if self.relu_before_p7 else p6)]
+
+
+class ResNetFPN(StoresSettings, FPN):
+    """Detectron2's `FPN` on its `ResNet`, which keeps its settings with its weights."""
+
+    settings_owner = "backbone"
 
 
 class DeformBottleneckBlock(BottleneckBlock):
@@ -117,7 +124,7 @@ def resnet_fpn(
     deform_num_groups: int = 1,
     in_features: Sequence[str] = ("res3", "res4", "res5"),
     frozen_bn_eps: float = 1e-5,
-) -> FPN:
+) -> ResNetFPN:
     """Backbone with feature maps "p3" to "p7" (strides 8 to 128), and "p2" for two-stage models.
 
     Args:
@@ -190,7 +197,7 @@ def resnet_fpn(
     for module in bottom_up.modules():
         if isinstance(module, FrozenBatchNorm2d):
             module.eps = frozen_bn_eps
-    return FPN(
+    return ResNetFPN(
         bottom_up,
         in_features=list(in_features),
         out_channels=out_channels,
@@ -200,7 +207,7 @@ def resnet_fpn(
 
 
 @BACKBONE_REGISTRY.register()
-def build_atss_resnet_fpn_backbone(cfg, input_shape: ShapeSpec) -> FPN:
+def build_atss_resnet_fpn_backbone(cfg, input_shape: ShapeSpec) -> ResNetFPN:
     """`resnet_fpn` from the keys that Detectron2's own backbones read."""
     resnets = cfg.MODEL.RESNETS
     return resnet_fpn(

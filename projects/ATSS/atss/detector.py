@@ -17,10 +17,11 @@ from .build import build_parts
 from .device import instances_to_device, to_device
 from .postprocessing.traceable import move_like
 from .proposal_generator import ATSS
+from .stored_settings import StoresSettings, turn_channels
 
 
 @META_ARCH_REGISTRY.register()
-class ATSSDetector(nn.Module):
+class ATSSDetector(StoresSettings, nn.Module):
     """One-stage detector: a backbone and the dense core on top of it.
 
     Args:
@@ -32,6 +33,8 @@ class ATSSDetector(nn.Module):
         vis_period: every so many iterations, draw ground truth and detections into the event
             storage; 0 disables.
     """
+
+    settings_owner = ""
 
     @configurable
     def __init__(
@@ -55,8 +58,8 @@ class ATSSDetector(nn.Module):
         self.input_format = input_format
         self.vis_period = vis_period
         mean, std = torch.tensor(list(pixel_mean)), torch.tensor(list(pixel_std))
-        self.register_buffer("pixel_mean", mean.view(-1, 1, 1), persistent=False)
-        self.register_buffer("pixel_std", std.view(-1, 1, 1), persistent=False)
+        self.register_buffer("pixel_mean", mean.view(-1, 1, 1))
+        self.register_buffer("pixel_std", std.view(-1, 1, 1))
 
     @classmethod
     def from_config(cls, cfg):
@@ -73,6 +76,13 @@ class ATSSDetector(nn.Module):
     @property
     def device(self) -> torch.device:
         return self.pixel_mean.device
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, *others):
+        turn_channels(state_dict, self.input_format, prefix)
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, *others)
+        for name in ("pixel_mean", "pixel_std"):  # weights of version 0.1 leave them to the config
+            if prefix + name in missing:
+                missing.remove(prefix + name)
 
     def forward(self, batched_inputs: List[Dict]):
         """Train on or detect in a batch of images.

@@ -18,11 +18,12 @@ from .geometry import box_areas
 from .losses import DenseLoss
 from .postprocessing import DetectionSelector, ProposalSelector
 from .predictions import DensePredictions, PredictionsAt
+from .stored_settings import StoresSettings
 from .targets import Targets, label_anchors
 
 
 @PROPOSAL_GENERATOR_REGISTRY.register()
-class ATSS(nn.Module):
+class ATSS(StoresSettings, nn.Module):
     """Dense detection core, made of independent parts that are built outside.
 
     Args:
@@ -44,6 +45,8 @@ class ATSS(nn.Module):
     Raises:
         ValueError: where parts do not fit each other, saying which config entry to change.
     """
+
+    settings_owner = "proposal_generator"
 
     @configurable
     def __init__(

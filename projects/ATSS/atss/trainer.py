@@ -15,7 +15,6 @@ from detectron2.evaluation import COCOEvaluator
 from detectron2.solver.build import maybe_add_gradient_clipping
 from detectron2.utils import comm
 
-from .checkpoint import ATSSCheckpointer, load_or_resume
 from .data import load_dataset_dicts
 from .optimizer import get_optimizer_params
 from .training.configs import get_setting
@@ -24,6 +23,8 @@ from .training.runs import (
     build_step_trainer,
     evaluate_checkpoint,
     evaluate_with_tta,
+    load_for_training,
+    make_checkpointer,
 )
 
 _OPTIMIZERS = ("SGD", "AdamW")
@@ -53,9 +54,7 @@ class Trainer(DefaultTrainer):
 
         self._trainer = build_step_trainer(cfg, model, data_loader, optimizer)
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
-        self.checkpointer = ATSSCheckpointer(
-            self._trainer.model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self)
-        )
+        self.checkpointer = make_checkpointer(cfg, self._trainer.model, trainer=weakref.proxy(self))
         self.start_iter = 0
         self.max_iter = cfg.SOLVER.MAX_ITER
         self.cfg = cfg
@@ -129,9 +128,9 @@ class Trainer(DefaultTrainer):
 
         Raises:
             FileNotFoundError: nothing to resume, or no such weights.
-            ValueError: weights that match no parameter.
+            ValueError: weights that match no parameter, or of which some is missing to resume.
         """
-        load_or_resume(self.checkpointer, self.cfg.MODEL.WEIGHTS, resume)
+        load_for_training(self.cfg, self.checkpointer, resume)
         if resume:
             # A checkpoint holds the iteration that was just finished.
             self.start_iter = self.iter + 1

@@ -14,7 +14,9 @@ import torch
 
 from detectron2.utils.file_io import PathManager
 
-_HASH_SUFFIX = re.compile(r"-([0-9a-f]{8,64})\.pth$")
+# The first digits of a hash end a file's name, but so may a date, 20200209.
+_DATE = r"(?:19|20)\d\d(?:0[1-9]|1[0-2])(?:0[1-9]|[12]\d|3[01])"
+_HASH_SUFFIX = re.compile(rf"-(?!{_DATE}\.pth$)([0-9a-f]{{8,64}})\.pth$")
 # Words of PyTorch's reader for a file that asks for more than tensors and plain values.
 _NEEDS_CODE = ("GLOBAL", "Unsupported class", "was not an allowed global")
 # What numpy needs to rebuild arrays; none of it runs code of the file.
@@ -136,6 +138,61 @@ def fetch(url: str) -> str:
                 f"{url} is not what its name promises: its sha256 starts with "
                 f"{digest.hexdigest()[:8]}, not {expected.group(1)}. Delete {path!r} and try again."
             )
+    return path
+
+
+def find_weights(path: str) -> str:
+    """Local file that a path, a URL, or the folder of a run means.
+
+    Args:
+        path: "" for none. A folder means its last checkpoint.
+
+    Returns:
+        Path of the file; `path` itself if it is a zoo's, which Detectron2 looks up once more.
+
+    Raises:
+        FileNotFoundError: no such file, or no checkpoint in the folder.
+        CheckpointError: a URL that does not answer.
+    """
+    if os.path.isdir(path):
+        return last_checkpoint(path)
+    if "://" in path:
+        local_path = fetch(path.partition("?")[0])
+        return local_path if path.startswith(("http://", "https://")) else path
+    if path and not os.path.isfile(path.partition("?")[0]):
+        raise FileNotFoundError(
+            f"Weights {path!r} cannot be loaded: there is no such file. Check "
+            "train.init_checkpoint (MODEL.WEIGHTS) or --weights."
+        )
+    return path
+
+
+def last_checkpoint(folder: str, asked_by: str = "") -> str:
+    """The checkpoint that a run wrote last: what its file last_checkpoint names.
+
+    Args:
+        folder: output folder of a run.
+        asked_by: start of the message, "--resume: ".
+
+    Raises:
+        FileNotFoundError: no checkpoint in the folder.
+        CheckpointError: last_checkpoint is empty, no text, or names a file that is not there.
+    """
+    tag = os.path.join(folder, "last_checkpoint")
+    if not os.path.isfile(tag):
+        raise FileNotFoundError(
+            f"{asked_by}there is no checkpoint in {folder!r}. Name the folder of a run, "
+            "train.output_dir (OUTPUT_DIR), or start without --resume."
+        )
+    with open(tag, "rb") as file:
+        name = file.read(4096).decode("utf-8", "replace").strip()
+    path = os.path.join(folder, name)
+    if not name or not os.path.isfile(path):
+        there = sorted(entry for entry in os.listdir(folder) if entry.endswith(".pth"))
+        raise CheckpointError(
+            f"{tag!r} needs to hold the name of a checkpoint in that folder, but it "
+            f"{'is empty' if not name else f'says {name[:40]!r}'}. Write one of {there} into it."
+        )
     return path
 
 

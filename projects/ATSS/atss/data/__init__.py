@@ -9,6 +9,7 @@ A training tool needs a few lines, for any data::
     dataset_dicts = load_dataset_dicts(data.train, data.num_classes)  # checked
 """
 
+from .classes import common_classes
 from .coco_json import CocoSummary, check_coco_json
 from .dataset_dicts import check_dataset_dicts, load_dataset_dicts
 from .registration import (
@@ -27,6 +28,7 @@ __all__ = [
     "add_dataset_arguments",
     "check_coco_json",
     "check_dataset_dicts",
+    "common_classes",
     "load_dataset_dicts",
     "register_coco_json",
     "register_from_arguments",

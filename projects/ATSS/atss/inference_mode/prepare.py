@@ -66,6 +66,7 @@ def prepare_for_inference(
         use_onednn(model)
     model.is_prepared_for_inference = True
     model.train = functools.partial(_refuse_training, model)
+    model._register_load_state_dict_pre_hook(_refuse_loading)
     return model
 
 
@@ -176,3 +177,10 @@ def _refuse_training(model: nn.Module, mode: bool = True) -> nn.Module:
             "the model that prepare_for_inference was given."
         )
     return type(model).train(model, mode)
+
+
+def _refuse_loading(*_: Any) -> None:
+    raise RuntimeError(
+        "This model is prepared for inference: its norms are folded into its convolutions, so that "
+        "weights of a checkpoint mean something else. Load them first, then prepare the model."
+    )

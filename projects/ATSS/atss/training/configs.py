@@ -6,12 +6,13 @@ What does not depend on the kind of config is written once, with the names of `_
 import argparse
 import logging
 import os
-from typing import Any, Sequence, Union
+from typing import Any, Dict, List, Sequence, Union
 
 import torch
 from omegaconf import DictConfig, OmegaConf
 
 from detectron2.config import CfgNode, LazyConfig, get_cfg
+from detectron2.data import MetadataCatalog
 
 from ..config import add_atss_config
 from ..data import register_from_arguments
@@ -82,6 +83,21 @@ def available_device(cfg: Config) -> str:
     return device
 
 
+def data_class_names(cfg: Config, sets: str) -> Dict[str, List[str]]:
+    """Class names of the data sets of a config, in the order of the ids; without unknown ones.
+
+    Args:
+        cfg: of either kind.
+        sets: "train_sets" or "val_sets".
+    """
+    names = get_setting(cfg, sets, ())
+    found = {
+        name: MetadataCatalog.get(name).get("thing_classes")
+        for name in ([names] if isinstance(names, str) else names)
+    }
+    return {name: list(classes) for name, classes in found.items() if classes}
+
+
 def choose_data(cfg: Config, args: argparse.Namespace) -> None:
     """Put your data into the config, or check the config's; take the classes from it.
 
@@ -113,14 +129,14 @@ def load_lazy_config(config_file: str, overrides: Sequence[str] = ()) -> DictCon
     """A LazyConfig with overrides from the command line.
 
     Args:
-        config_file: Python or saved YAML LazyConfig.
+        config_file: Python or saved YAML LazyConfig, or the folder of a run.
         overrides: "key=value" strings, see `update_lazy_config`.
 
     Raises:
         FileNotFoundError: if there is no such file.
         ValueError: see `update_lazy_config`.
     """
-    _check_file(config_file)
+    config_file = find_config(config_file)
     return update_lazy_config(LazyConfig.load(config_file), overrides)
 
 
@@ -156,7 +172,7 @@ def load_yaml_config(config_file: str, overrides: Sequence[str] = ()) -> CfgNode
     MODEL.DEVICE becomes "cpu" where it asks for a GPU and there is none.
 
     Args:
-        config_file: YAML file.
+        config_file: YAML file, or the folder of a run.
         overrides: KEY VALUE pairs in one list.
 
     Returns:
@@ -166,7 +182,7 @@ def load_yaml_config(config_file: str, overrides: Sequence[str] = ()) -> CfgNode
         FileNotFoundError: if there is no such file.
         ValueError: for a key that does not exist, or a value of the wrong type.
     """
-    _check_file(config_file)
+    config_file = find_config(config_file)
     cfg = get_cfg()
     add_atss_config(cfg)
     try:
@@ -185,9 +201,17 @@ def load_yaml_config(config_file: str, overrides: Sequence[str] = ()) -> CfgNode
     return cfg
 
 
-def _check_file(config_file: str) -> None:
+def find_config(config_file: str) -> str:
+    """The config file itself, or config.yaml in the folder of a run.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+    """
+    if os.path.isdir(config_file):
+        config_file = os.path.join(config_file, "config.yaml")
     if not os.path.isfile(config_file):
         raise FileNotFoundError(f"There is no config file {config_file!r} (--config-file).")
+    return config_file
 
 
 def _check_key(cfg: Config, key: str) -> None:
