@@ -3,6 +3,8 @@
 import logging
 import os
 import pickle
+import sys
+import types
 
 import numpy as np
 import pytest
@@ -257,13 +259,53 @@ class Evil:
 def test_files_that_run_code_are_refused(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.save({"model": {"a": torch.zeros(1)}, "meta": Evil()}, "evil.pth")
-    with pytest.raises(CheckpointError, match="refused"):
+    with pytest.raises(CheckpointError, match="refused.*system") as refused:
         read_checkpoint("evil.pth")
+    assert "weights_only" not in str(refused.value) and "\x1b" not in str(refused.value)
     with open("evil.pkl", "wb") as file:
         pickle.dump({"model": Evil()}, file)
     with pytest.raises(CheckpointError, match="system"):
         check_pickle("evil.pkl")
     assert not os.path.exists("ran.txt")
+
+
+def test_logs_of_mmengine_are_left_out_and_nothing_is_imported(tmp_path, monkeypatch):
+    class HistoryBuffer:
+        def __init__(self):
+            self._log_history = np.arange(3.0)
+            self._statistics_methods = {"mean": HistoryBuffer.mean}
+
+        def mean(self):
+            return 0.0
+
+    class ConfigDict(dict):
+        pass
+
+    history = types.ModuleType("mmengine.logging.history_buffer")
+    for name, kind in (("HistoryBuffer", HistoryBuffer), ("ConfigDict", ConfigDict)):
+        kind.__module__, kind.__qualname__ = history.__name__, name
+        setattr(history, name, kind)
+    HistoryBuffer.mean.__module__ = history.__name__
+    HistoryBuffer.mean.__qualname__ = "HistoryBuffer.mean"
+    for name in ("mmengine", "mmengine.logging", history.__name__):
+        monkeypatch.setitem(sys.modules, name, history)
+    weights = {"bbox_head.atss_cls.weight": torch.arange(4.0)}
+    content = {
+        "meta": {"epoch": 12, "cfg": ConfigDict(a=1)},
+        "state_dict": weights,
+        "message_hub": {"log_scalars": {"loss": HistoryBuffer()}, "last": np.float64(2.0)},
+    }
+    torch.save(content, tmp_path / "epoch_12.pth")
+    torch.save({**content, "hook": Evil()}, tmp_path / "evil.pth")
+    for name in ("mmengine", "mmengine.logging", history.__name__):
+        monkeypatch.delitem(sys.modules, name)
+
+    found = read_checkpoint(str(tmp_path / "epoch_12.pth"))
+    assert found["meta"]["epoch"] == 12
+    assert torch.equal(found["state_dict"]["bbox_head.atss_cls.weight"], torch.arange(4.0))
+    assert "mmengine" not in sys.modules
+    with pytest.raises(CheckpointError, match="would import .*system"):
+        read_checkpoint(str(tmp_path / "evil.pth"))
 
 
 def test_pickles_of_arrays_pass(tmp_path):
