@@ -9,6 +9,7 @@
 
 from atss.training import (
     choose_data,
+    compare_with_saved,
     evaluate_checkpoint,
     load_lazy_config,
     run,
@@ -22,6 +23,8 @@ from detectron2.engine import default_setup
 def main(args):
     cfg = load_lazy_config(args.config_file, args.opts)
     choose_data(cfg, args)
+    if args.resume and not args.eval_only:
+        compare_with_saved(cfg)
     default_setup(cfg, args)
     if args.eval_only:
         return evaluate_checkpoint(cfg, args.resume)

@@ -16,6 +16,7 @@ from atss.training import (
     autocast_dtype,
     build_model,
     choose_data,
+    compare_with_saved,
     create_ddp_model,
     evaluate_checkpoint,
     evaluate_lazy,
@@ -115,6 +116,8 @@ def do_train(cfg, resume):
 def main(args):
     cfg = load_lazy_config(args.config_file, args.opts)
     choose_data(cfg, args)
+    if args.resume and not args.eval_only:
+        compare_with_saved(cfg)
     default_setup(cfg, args)
     if args.eval_only:
         return evaluate_checkpoint(cfg, args.resume)

@@ -9,7 +9,7 @@
 
 from atss.checkpoint import require_weights
 from atss.trainer import Trainer
-from atss.training import choose_data, load_yaml_config, run, training_parser
+from atss.training import choose_data, compare_with_saved, load_yaml_config, run, training_parser
 
 from detectron2.engine import default_setup
 
@@ -18,6 +18,8 @@ def main(args):
     cfg = load_yaml_config(args.config_file, args.opts)
     choose_data(cfg, args)
     cfg.freeze()
+    if args.resume and not args.eval_only:
+        compare_with_saved(cfg)
     default_setup(cfg, args)
     if args.eval_only:
         return Trainer.evaluate_checkpoint(cfg, args.resume)

@@ -16,6 +16,7 @@ from .files import (
     write_checkpoint,
 )
 from .overrides import (
+    GEOMETRY_KEYS,
     OVERRIDES_KEY,
     override_config,
     override_model,
@@ -28,6 +29,7 @@ __all__ = [
     "CheckpointError",
     "Converted",
     "Loaded",
+    "GEOMETRY_KEYS",
     "OVERRIDES_KEY",
     "check_pickle",
     "convert_checkpoint",

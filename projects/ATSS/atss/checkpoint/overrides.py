@@ -18,6 +18,7 @@ from ..stored_settings import (
 OVERRIDES_KEY = "atss_overrides"  # of a checkpoint that remembers them
 
 _PIXEL_KEYS = {"model.pixel_mean": "MODEL.PIXEL_MEAN", "model.pixel_std": "MODEL.PIXEL_STD"}
+GEOMETRY_KEYS = (*SETTINGS, *_PIXEL_KEYS)  # of a LazyConfig
 # Keys in checkpoints of version 0.1 that have moved since.
 _KEYS_OF_0_1 = {"model.sqrt_score": "model.selector.sqrt_score"}
 

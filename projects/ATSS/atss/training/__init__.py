@@ -3,6 +3,7 @@
 from .command_line import run, training_parser
 from .configs import (
     choose_data,
+    compare_with_saved,
     find_config,
     load_lazy_config,
     load_yaml_config,
@@ -22,6 +23,7 @@ __all__ = [
     "autocast_dtype",
     "build_model",
     "choose_data",
+    "compare_with_saved",
     "create_ddp_model",
     "evaluate_checkpoint",
     "evaluate_lazy",

@@ -8,7 +8,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from detectron2.config import CfgNode, LazyConfig, instantiate
+from detectron2.config import CfgNode, instantiate
 from detectron2.engine import default_writers, hooks
 from detectron2.evaluation import inference_on_dataset, print_csv_format
 from detectron2.modeling import build_model as build_yaml_model
@@ -25,7 +25,7 @@ from ..data import common_classes
 from ..device import compile_dense_parts
 from ..inference_mode import prepare_as_configured
 from ..tta import ATSSWithTTA, make_views, release_views
-from .configs import Config, available_device, data_class_names, get_setting
+from .configs import Config, available_device, data_class_names, get_setting, save_config
 from .loop import StepTrainer, autocast_dtype, create_ddp_model
 
 logger = logging.getLogger(__name__)
@@ -190,12 +190,7 @@ def load_for_training(cfg: Config, checkpointer: ATSSCheckpointer, resume: bool)
         cfg.freeze()
     folder = get_setting(cfg, "output_dir")
     if comm.is_main_process() and os.path.isdir(folder):
-        path = os.path.join(folder, "config.yaml")
-        if is_yaml:
-            with open(path, "w", encoding="utf-8") as file:
-                file.write(cfg.dump())
-        else:
-            LazyConfig.save(cfg, path)
+        save_config(cfg, os.path.join(folder, "config.yaml"))
     return loaded
 
 
