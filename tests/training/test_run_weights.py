@@ -180,9 +180,7 @@ def test_missing_weights_are_named_before_the_data_are_read(data, tmp_path, monk
         ("yaml", ["SOLVER.BASE_LR", "0.5"], ["SOLVER.OPTIMIZER", "SGD"]),
     ],
 )
-def test_resuming_says_what_differs_from_before(
-    kind, same, warned, refused, data, tmp_path, caplog
-):
+def test_resuming_says_what_differs_from_before(kind, warned, refused, data, tmp_path, caplog):
     save_config(load(kind, tmp_path, data), str(tmp_path / "config.yaml"))
     with caplog.at_level(logging.WARNING, logger="atss"):
         compare_with_saved(load(kind, tmp_path, data))
