@@ -10,7 +10,7 @@ from typing import Dict, List, NamedTuple, Optional, Sequence
 import numpy as np
 import torch
 from reference import binary_cross_entropy, centerness, focal_loss, giou
-from reference_assigners import Box, Layout, area
+from reference_assigners import Box, Layout, area, ltrb
 
 
 class SimOTAResult(NamedTuple):
@@ -70,11 +70,11 @@ def simota_rule(
     result = SimOTAResult([], [], math.inf)
     gaps = []
     for image, objects in enumerate(layout.images):
-        own = [_near(anchors, box, radius) for box in objects]
+        own = [near_anchors(anchors, box, radius) for box in objects]
         union = sorted(set().union(*own))
         cost, ious, taken = {}, {}, {}
         for g, box in enumerate(objects):
-            seen = sorted(own[g]) if restricted else union
+            seen = own[g] if restricted else union
             for r in seen:
                 q = 1.0 if quality is None else sigmoid(quality[image, r])
                 scores = [math.sqrt(sigmoid(x) * q) for x in logits[image, r]]
@@ -100,15 +100,14 @@ def simota_rule(
     return result._replace(gap=min((gap for gap in gaps if gap > 0), default=math.inf))
 
 
-def _near(anchors, box: Box, radius: float) -> set:
-    """Anchors whose centre is closer than `radius` strides to that of the object on both axes."""
-    x, y = np.float32(box[0] + box[2]) / 2, np.float32(box[1] + box[3]) / 2
-    found = set()
+def near_anchors(anchors: Sequence, box: Box, radius: float) -> List[int]:
+    """Anchors whose centre is closer than `radius` strides to that of the box on both axes."""
+    found = []
     for r, (anchor, stride, _) in enumerate(anchors):
-        dx = abs(np.float32(anchor[0] + anchor[2]) / 2 - x)
-        dy = abs(np.float32(anchor[1] + anchor[3]) / 2 - y)
-        if max(dx, dy) < np.float32(radius) * np.float32(stride):
-            found.add(r)
+        left, top, right, bottom = ltrb(anchor, box)
+        distance = max(abs(left - right), abs(top - bottom)) / 2
+        if distance < np.float32(radius) * np.float32(stride):
+            found.append(r)
     return found
 
 

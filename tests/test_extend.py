@@ -13,6 +13,7 @@ from atss import (
     CLASS_LOSS_REGISTRY,
     LOSS_REGISTRY,
     GridAnchorGenerator,
+    model_zoo,
 )
 from atss.trainer import Trainer
 from atss.training import load_lazy_config, load_yaml_config
@@ -28,6 +29,9 @@ REGISTRIES = (
     ASSIGNER_REGISTRY, ATSS_HEAD_REGISTRY, BACKBONE_REGISTRY, CLASS_LOSS_REGISTRY, LOSS_REGISTRY,
 )  # fmt: skip
 PAGE = (REPO / "docs/extend.md").read_text()
+CONFIGS_NOT_IN_THE_PAPER = ["toy/simota_toy", "toy/qfl_toy"] + [
+    f"lab/{path.stem}" for path in sorted((REPO / "configs/lab").glob("*.py"))
+]
 BOXES = [[8.0, 8, 40, 48], [50, 10, 90, 40]]
 THREE = {"loss_cls", "loss_box_reg", "loss_centerness"}
 
@@ -90,6 +94,22 @@ def test_every_block_is_a_short_file_that_is_tested():
     assert all(len(code.splitlines()) <= 41 for code in files.values())  # 40 and the name
 
 
+def train_and_detect(model):
+    """Losses of a step in which every parameter learns; then the model detects something."""
+    losses = model.train()([make_input(boxes=BOXES, classes=[0, 2]), make_input()])
+    assert all(value.isfinite() and value > 0 for value in losses.values())
+    sum(losses.values()).backward()
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            assert parameter.grad is not None and parameter.grad.isfinite().all(), name
+    nn.init.normal_(model.proposal_generator.head.cls_logits.weight, std=0.5)
+    with torch.no_grad():
+        found = model.eval()([make_input()])[0]["instances"]
+    boxes = found.pred_boxes.tensor
+    assert len(boxes) > 0 and (boxes >= 0).all() and (boxes <= torch.tensor([96, 64] * 2)).all()
+    return losses
+
+
 @pytest.fixture
 def checkout(tmp_path, monkeypatch):
     """A folder with the configs and all files of the page, importable; registries are restored."""
@@ -124,16 +144,13 @@ def test_example_trains_and_detects(checkout, monkeypatch, name, kind):
 
     images = model.preprocess_image([make_input()])
     assert tuple(images.tensor.shape[-2:]) == ((256, 256) if name == "my_vit" else (64, 96))
-    losses = model.train()([make_input(boxes=BOXES, classes=[0, 5]), make_input()])
-    assert set(losses) == losses_of_part
-    assert all(value.isfinite() and value > 0 for value in losses.values())
-    sum(losses.values()).backward()
-    for parameter_name, parameter in model.named_parameters():
-        assert parameter.grad is not None and parameter.grad.isfinite().all(), parameter_name
-    nn.init.normal_(model.proposal_generator.head.cls_logits.weight, std=0.5)
-    with torch.no_grad():
-        found = model.eval()([make_input()])[0]["instances"]
-    assert len(found) > 0 and found.pred_boxes.tensor.isfinite().all()
+    assert set(train_and_detect(model)) == losses_of_part
+
+
+@pytest.mark.parametrize("name", CONFIGS_NOT_IN_THE_PAPER)
+def test_configs_of_rules_and_losses_not_in_the_paper_train_and_detect(name):
+    losses = train_and_detect(instantiate(model_zoo.get_config(name).model))
+    assert set(losses) == (THREE - {"loss_centerness"} if "qfl" in name else THREE)
 
 
 class PaddingBackbone(Backbone):
@@ -190,13 +207,7 @@ def test_images_are_padded_as_the_backbone_asks(constraints, expected):
 
 
 def test_model_with_a_square_trains_and_its_boxes_stay_in_the_image():
-    model = detector_with(PaddingBackbone(size_divisibility=32, square_size=160))
-    losses = model([make_input(boxes=BOXES, classes=[0, 2])])
-    assert all(value.isfinite() for value in losses.values())
-    nn.init.normal_(model.proposal_generator.head.cls_logits.weight, std=0.5)
-    with torch.no_grad():
-        boxes = model.eval()([make_input(64, 96)])[0]["instances"].pred_boxes.tensor
-    assert len(boxes) > 0 and (boxes <= torch.tensor([96.0, 64, 96, 64])).all()
+    train_and_detect(detector_with(PaddingBackbone(size_divisibility=32, square_size=160)))
 
 
 def test_image_larger_than_the_square_is_refused():

@@ -8,7 +8,7 @@ from atss.box_regression import Box2BoxTransform
 from atss.geometry import box_centers
 from atss.predictions import DensePredictions, PredictionsAt, flatten_levels
 from reference_assigners import object_of_each_anchor, random_layout, to_boxes
-from reference_predictions import simota_rule
+from reference_predictions import near_anchors, simota_rule
 from test_dense_assigners import grid_of
 
 NUM_LAYOUTS = 200
@@ -115,19 +115,12 @@ def test_rule_agrees_with_its_slow_twin_and_differs_from_the_official_code_in_fe
 
 def test_candidates_are_the_anchors_closer_than_the_radius():
     for seed in range(50):
-        layout = random_layout(seed)
-        boxes = torch.cat([to_boxes(boxes).tensor for boxes in layout.images])
-        radius = (0.5, 1.0, 1.5, 2.3)[seed % 4]
-        candidates, is_near = within_radius_on_lattice(grid_of(layout), box_centers(boxes), radius)
-        anchors = layout.anchors()
-        for row, near, center in zip(candidates.anchor_idxs, is_near, box_centers(boxes).tolist()):
-            expected = [
-                r
-                for r, ((x1, y1, x2, y2), stride, _) in enumerate(anchors)
-                if max(abs((x1 + x2) / 2 - center[0]), abs((y1 + y2) / 2 - center[1]))
-                < torch.tensor(radius).item() * stride
-            ]
-            assert row[near].tolist() == expected, seed
+        layout, radius = random_layout(seed), (0.5, 1.0, 1.5, 2.3)[seed % 4]
+        boxes = flat(layout.images)
+        centers = box_centers(to_boxes(boxes).tensor)
+        candidates, is_near = within_radius_on_lattice(grid_of(layout), centers, radius)
+        for row, near, box in zip(candidates.anchor_idxs, is_near, boxes):
+            assert row[near].tolist() == near_anchors(layout.anchors(), box, radius), seed
         assert torch.equal(candidates.boxes, grid_of(layout).boxes_at(candidates.anchor_idxs))
 
 

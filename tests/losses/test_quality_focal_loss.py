@@ -20,13 +20,10 @@ NUM_IMAGES, NUM_CLASSES = 2, 5
 class Case:
     """Logits of three levels, and samples: some positive, some not, an anchor in two of them."""
 
-    def __init__(self, num_cells, ignored=False, dtype=torch.float32):
+    def __init__(self, num_cells, ignored):
         channels = num_cells * NUM_CLASSES
         self.num_cells = num_cells
-        self.logits = [
-            (2 * torch.randn(NUM_IMAGES, channels, *size)).to(dtype).requires_grad_()
-            for size in SIZES
-        ]
+        self.logits = [2 * torch.randn(NUM_IMAGES, channels, *size) for size in SIZES]
         cells = [torch.tensor([[-4.0, -4.0, 4.0, 4.0]] * num_cells)] * len(SIZES)
         grid = AnchorGrid(SIZES, (8, 16, 32), cells)
         num_anchors = grid.num_anchors
@@ -41,13 +38,13 @@ class Case:
         self.targets = torch.rand(self.idxs.shape)
         self.targets[:4] = torch.tensor([0.0, 1.0, 1.0, 0.0])
 
-    def loss(self, logits, beta=2.0):
+    def loss(self, logits, beta):
         return QualityFocalLoss(beta)(
             logits, self.places, self.classes, self.targets, self.is_positive, self.num_cells,
             self.is_ignored,
         )  # fmt: skip
 
-    def dense_loss(self, logits, beta=2.0):
+    def dense_loss(self, logits, beta):
         flat = flatten_levels([level.double() for level in logits], self.num_cells)  # (N, R, K)
         targets, kept = torch.zeros_like(flat), self.is_positive
         places = self.images[kept], self.idxs[kept], self.classes[kept]
@@ -57,52 +54,36 @@ class Case:
 
 
 def value_and_gradient(loss, logits):
-    value = loss(logits)
+    value = loss(*logits)
     return value, torch.autograd.grad(3 * value, logits)  # 3, as normalisation brings a factor
 
 
 @pytest.mark.parametrize("num_cells", [1, 3])
 @pytest.mark.parametrize("ignored", [False, True])
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-@pytest.mark.parametrize("beta, block", [(2.0, 1 << 17), (2.0, 8), (1.5, 1 << 17)])
+@pytest.mark.parametrize("way", ["plain", "small blocks", "beta 1.5", "bfloat16", "compiled"])
 def test_value_and_gradient_are_those_of_dense_autograd(
-    monkeypatch, num_cells, ignored, memory_format, beta, block
+    monkeypatch, num_cells, ignored, memory_format, way
 ):
-    monkeypatch.setattr(module, "_BLOCK", block)
+    monkeypatch.setattr(module, "_BLOCK", 8 if way == "small blocks" else 1 << 17)
+    beta, dtype = 1.5 if way == "beta 1.5" else 2.0, torch.float32
     case = Case(num_cells, ignored)
-    logits = [level.detach().contiguous(memory_format=memory_format) for level in case.logits]
-    logits = [level.requires_grad_() for level in logits]
-    value, grads = value_and_gradient(lambda x: case.loss(x, beta), logits)
-    expected, expected_grads = value_and_gradient(lambda x: case.dense_loss(x, beta), case.logits)
+    loss = lambda *levels: case.loss(levels, beta)  # noqa: E731
+    if way == "bfloat16":
+        dtype = torch.bfloat16
+    elif way == "compiled":
+        torch._dynamo.reset()
+        loss = torch.compile(loss, backend="aot_eager", fullgraph=True)
+    logits = [x.detach().to(dtype, memory_format=memory_format) for x in case.logits]
+    value, grads = value_and_gradient(loss, [x.requires_grad_() for x in logits])
+    dense = [x.detach().float().requires_grad_() for x in logits]
+    expected, expected_grads = value_and_gradient(lambda *x: case.dense_loss(x, beta), dense)
     assert value.dtype == torch.float32
     assert value.item() == pytest.approx(expected.item(), rel=1e-5)
+    rtol, atol = (1e-2, 1e-3) if dtype == torch.bfloat16 else (1e-5, 1e-6)
     for gradient, other in zip(grads, expected_grads):
-        torch.testing.assert_close(gradient, other, rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.parametrize("ignored", [False, True])
-def test_bfloat16_logits_have_a_float32_value_and_gradients_of_their_own_type(ignored):
-    case = Case(3, ignored, torch.bfloat16)
-    value, grads = value_and_gradient(case.loss, case.logits)
-    full = [level.detach().float().requires_grad_() for level in case.logits]
-    expected, expected_grads = value_and_gradient(case.dense_loss, full)
-    assert value.dtype == torch.float32
-    assert value.item() == pytest.approx(expected.item(), rel=1e-5)
-    for gradient, other in zip(grads, expected_grads):
-        assert gradient.dtype == torch.bfloat16
-        torch.testing.assert_close(gradient.float(), other, rtol=1e-2, atol=1e-3)
-
-
-@pytest.mark.parametrize("ignored", [False, True])
-def test_compiled_model_code_gives_the_same_value_and_gradient(ignored):
-    case = Case(3, ignored)
-    torch._dynamo.reset()
-    compiled = torch.compile(lambda *x: case.loss(x), backend="aot_eager", fullgraph=True)
-    value, grads = value_and_gradient(lambda x: compiled(*x), case.logits)
-    expected, expected_grads = value_and_gradient(case.dense_loss, case.logits)
-    assert value.item() == pytest.approx(expected.item(), rel=1e-5)
-    for gradient, other in zip(grads, expected_grads):
-        torch.testing.assert_close(gradient, other, rtol=1e-5, atol=1e-6)
+        assert gradient.dtype == dtype
+        torch.testing.assert_close(gradient.float(), other, rtol=rtol, atol=atol)
 
 
 def test_extreme_logits_and_met_targets_have_finite_gradients():
@@ -137,17 +118,16 @@ class Batch:
 
     def losses_by_loops(self, class_loss, **settings):
         anchors = torch.cat([level.tensor for level in self.grid.boxes])
-        logits, deltas, quality = (
-            None if x is None else flatten_levels(x, 1).detach()
-            for x in (getattr(self.predictions, n) for n in ("logits", "deltas", "quality"))
-        )
+        maps = self.predictions.map(torch.Tensor.detach)
+        deltas, quality = flatten_levels(maps.deltas, 1), None
         boxes = torch.stack([self.transform.apply_deltas(image, anchors) for image in deltas])
-        arrays = (anchors, boxes, logits, labels_of(self.targets, 3), boxes_of(self.targets))
-        anchors, boxes, logits, labels, gt_boxes = (x.numpy() for x in arrays)
-        quality = None if quality is None else quality[..., 0].numpy()
-        return dense_losses(
-            anchors, boxes, logits, labels, gt_boxes, class_loss, quality, **settings
-        )
+        if maps.quality is not None:
+            quality = flatten_levels(maps.quality, 1).squeeze(2).numpy()
+        arrays = (
+            anchors, boxes, flatten_levels(maps.logits, 1), labels_of(self.targets, 3),
+            boxes_of(self.targets),
+        )  # fmt: skip
+        return dense_losses(*(x.numpy() for x in arrays), class_loss, quality, **settings)
 
 
 @pytest.mark.parametrize("classification", [FocalLoss(), QualityFocalLoss()])
@@ -165,27 +145,22 @@ def test_losses_agree_with_loops_over_all_anchors(
     assert {name: x.item() for name, x in losses.items()} == pytest.approx(expected, rel=1e-4)
 
 
-def test_class_targets_and_box_weights_are_no_way_for_gradients():
-    batch = Batch(with_quality=False)
-    losses = batch.losses(
-        QualityFocalLoss(), quality=None, box_weighting="score", class_normalizer="targets"
-    )
-    predictions = batch.predictions
-    for name, maps in (("loss_cls", predictions.deltas), ("loss_box_reg", predictions.logits)):
-        grads = torch.autograd.grad(losses[name], maps, allow_unused=True, retain_graph=True)
-        assert all(gradient is None or (gradient == 0).all() for gradient in grads), name
+def test_class_targets_and_box_weights_have_no_gradient():
+    batch, qfl = Batch(with_quality=False), QualityFocalLoss()
+    deltas, logits = batch.predictions.deltas, batch.predictions.logits
+    losses = batch.losses(qfl, quality=None, box_weighting="score", class_normalizer="targets")
+    for value, maps in ((losses["loss_cls"], deltas), (losses["loss_box_reg"], logits)):
+        grads = torch.autograd.grad(value, maps, allow_unused=True, retain_graph=True)
+        assert all(gradient is None or (gradient == 0).all() for gradient in grads)
 
-
-def test_ious_weight_boxes_without_a_gradient_of_their_own():
-    batch = Batch(with_quality=False)
-    plain = batch.losses(FocalLoss(), quality=None, box_weighting="iou")["loss_box_reg"]
-    grads = torch.autograd.grad(plain, batch.predictions.deltas)
+    weighted = batch.losses(qfl, quality=None, box_weighting="iou")["loss_box_reg"]
     # The same weights from outside, as an assignment may bring them.
     assignment = batch.targets.assignment
     at = PredictionsAt(batch.predictions, batch.grid, batch.transform)
     boxes = at.boxes(assignment.image_idxs, assignment.anchor_idxs)
     assignment.box_weights = elementwise_iou(boxes, batch.targets.boxes)
-    given = batch.losses(FocalLoss(), quality=None, box_weighting=None)["loss_box_reg"]
-    torch.testing.assert_close(given, plain)
-    for gradient, other in zip(torch.autograd.grad(given, batch.predictions.deltas), grads):
+    given = batch.losses(qfl, quality=None, box_weighting=None)["loss_box_reg"]
+    torch.testing.assert_close(given, weighted)
+    grads = (torch.autograd.grad(value, deltas) for value in (given, weighted))
+    for gradient, other in zip(*grads):
         torch.testing.assert_close(gradient, other)
