@@ -13,7 +13,7 @@ from .formats import RunFile, load_exported
 from .matching import Difference, Suppression, match_detections
 from .modules import STAGES, ImageSize, detect_as_tensors, join_images, raw_heads_as_tensors
 
-FEATURE_TOLERANCE = 1e-3  # of the largest value of a map
+FEATURE_TOLERANCE = 1e-4  # of the largest value of a map
 LEAST_ANCHORS = 100  # whose boxes are compared in raw heads, however low their scores
 
 
@@ -101,10 +101,13 @@ def first_stage_that_differs(
     """Where a file that failed its check goes wrong: the first stage whose outputs differ.
 
     Exports the model up to each earlier stage, in the same format, and compares that file with the
-    model's eager code; this takes as long as up to three exports. Boxes are decoded in the raw
-    heads: a mistake there counts as theirs. A shorter file is another program: if a runtime goes
-    wrong only where it optimises across stages, the shorter file can be right, and a later stage is
-    named.
+    model's eager code; this takes as long as up to three exports. What the answer means:
+
+    * Raw heads hold decoded boxes, so a mistake in decoding counts as theirs.
+    * A shorter file is another program. If a runtime goes wrong only where it optimises across
+      stages, the shorter file can be right, and a later stage is named.
+    * Candidates have no ties: one whose score is the threshold, but for rounding, counts as a
+      difference of that stage.
 
     Args:
         export: `export(path, stage=stage)` writes a file: `export_onnx` and the like, with the

@@ -156,9 +156,8 @@ def export_onnx(
     least = 19 if any(isinstance(m, DeformConv2d) for m in model.modules()) else 18
     if opset < least:
         raise ValueError(f"This model needs an ONNX opset of {least} or newer, got {opset}.")
-    program = export_program(
-        model, None, batch_size, example_size, stage, dynamic, _onnx_nms(model)
-    )
+    nms = _onnx_nms(frozen_copy(model))
+    program = export_program(model, None, batch_size, example_size, stage, dynamic, nms)
     exported = torch.onnx.export(
         program,
         (),
@@ -288,7 +287,7 @@ def _onnx_nms(model: ATSSDetector) -> ClassNMS:
     """Suppression per class by the operator below."""
     core = model.proposal_generator
     # More of one class than of the whole image are never kept.
-    most = max(getattr(core.selector, "detections_per_image", 0), 0)
+    most = max(core.selector.detections_per_image, 0)
     return functools.partial(_nms_operator(), num_classes=core.num_classes, most=most)
 
 

@@ -16,7 +16,7 @@ from detectron2.structures import Instances
 
 from ..anchors import GraphBoxes
 from ..detector import ATSSDetector
-from ..postprocessing.traceable import ClassNMS, nms_per_class
+from ..postprocessing.traceable import ClassNMS, move_like, nms_per_class
 from ..predictions import DensePredictions, flatten_levels
 from ..proposal_generator import ATSS
 
@@ -175,6 +175,8 @@ def frozen_copy(model: nn.Module, two_stage: bool = False) -> nn.Module:
 
 def _normalize_and_pad(model: ATSSDetector, images: Tensor) -> Tensor:
     """`preprocess_image` for images of one size: (N, 3, H, W) to a multiple of 32 pixels."""
+    if torch.jit.is_tracing():
+        images = move_like(images, model.pixel_mean)  # to where a user has put the file
     images = (images - model.pixel_mean) / model.pixel_std
     divisor = max(model.backbone.size_divisibility, 1)
     height, width = images.shape[-2], images.shape[-1]
