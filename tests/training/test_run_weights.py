@@ -203,7 +203,7 @@ def test_the_folder_of_a_run_is_all_that_export_needs(kind, data, tmp_path, caps
     train(kind, cfg, run)
     output = ["--format", "torchscript", "--output", str(tmp_path / "a.pt")]
     assert export_model.main(["--config-file", str(run), "--weights", str(run), *output]) == 0
-    names = json.loads((tmp_path / "model.json").read_text())["class_names"]
+    names = json.loads((tmp_path / "a.pt.json").read_text())["class_names"]
     assert names == list(MetadataCatalog.get("own_train").thing_classes)
 
     toy = str(REPO / "configs/toy" / ("atss_toy.py" if kind == "lazy" else "atss_toy.yaml"))
@@ -214,4 +214,4 @@ def test_the_folder_of_a_run_is_all_that_export_needs(kind, data, tmp_path, caps
     torch.save({"model": nameless}, tmp_path / "nameless.pth")
     weights = ["--weights", str(tmp_path / "nameless.pth")]
     assert export_model.main(["--config-file", str(run), *weights, *output]) == 0
-    assert json.loads((tmp_path / "model.json").read_text())["class_names"] is None
+    assert json.loads((tmp_path / "a.pt.json").read_text())["class_names"] is None

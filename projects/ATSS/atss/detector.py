@@ -116,13 +116,27 @@ class ATSSDetector(StoresSettings, nn.Module):
         return losses
 
     def preprocess_image(self, batched_inputs: List[Dict]) -> ImageList:
-        """Normalise the images, pad them to one size that the strides divide."""
+        """Normalise the images, pad them to one size that the backbone takes.
+
+        Raises:
+            ValueError: for an image that is larger than the square a backbone pads to.
+        """
         if torch.jit.is_tracing():
             images = [move_like(x["image"], self.pixel_mean) for x in batched_inputs]
         else:
             images = [to_device(x["image"], self.device) for x in batched_inputs]
         images = [(x - self.pixel_mean) / self.pixel_std for x in images]
-        return ImageList.from_tensors(images, self.backbone.size_divisibility)
+        divisor, is_square = padding_rule(self.backbone)
+        if is_square and not torch.jit.is_tracing():
+            height, width = (max(x.shape[axis] for x in images) for axis in (-2, -1))
+            if max(height, width) > divisor:
+                raise ValueError(
+                    f"The backbone pads images to a square of {divisor} px, but the batch has "
+                    f"{height}x{width} px. Resize images to fit (long edge in the dataloader's "
+                    "augmentations, INPUT.MAX_SIZE_TRAIN and MAX_SIZE_TEST), or give the backbone "
+                    "a larger square_pad."
+                )
+        return ImageList.from_tensors(images, divisor)
 
     def visualize_training(
         self, batched_inputs: List[Dict], images: ImageList, features: Dict[str, Tensor]
@@ -170,6 +184,28 @@ class ATSSDetector(StoresSettings, nn.Module):
             width = inputs.get("width", image_size[1])
             processed.append({"instances": detector_postprocess(result, height, width)})
         return processed
+
+
+def padding_rule(backbone: Backbone) -> Tuple[int, bool]:
+    """What the sides of padded images have to be, on every version of Detectron2.
+
+    After 0.6, backbones may have `padding_constraints` beside `size_divisibility`: a divisor that
+    replaces it, and a square that images are padded to. Images within a square are padded to it by
+    padding to multiples of its side.
+
+    Args:
+        backbone: images -> feature maps by name.
+
+    Returns:
+        What height and width in pixels must be multiples of, and whether both must equal it.
+    """
+    constraints = getattr(backbone, "padding_constraints", {})
+    divisor = backbone.size_divisibility
+    # The second is how Detectron2's SimpleFeaturePyramid spells it; its size_divisibility is 0.
+    for key in ("size_divisibility", "size_divisiblity"):
+        divisor = constraints.get(key, divisor)
+    divisor, square = max(divisor, 1), constraints.get("square_size", 0)
+    return -(-max(square, 1) // divisor) * divisor, square > 0
 
 
 def _boxes_on_host(batched_inputs: List[Dict]) -> Optional[List[Boxes]]:
