@@ -6,11 +6,11 @@ import pytest
 import torch
 from atss import ATSS, ATSSDetector, add_atss_config
 from atss.anchors import GridAnchorGenerator, octave_sizes
-from atss.assigners import IoUAssigner
+from atss.assigners import ATSSAssigner, IoUAssigner, SimOTAAssigner
 from atss.box_regression import Box2BoxTransform, PointToBoxTransform
 from atss.losses import DenseLoss
 from atss.targets import centerness_targets, label_anchors
-from conftest import STRIDES, boxes_of, labels_of, make_input, tiny_detector
+from conftest import STRIDES, boxes_of, labels_of, make_input, make_instances, tiny_detector
 
 from detectron2.config import get_cfg
 from detectron2.modeling import build_model
@@ -120,6 +120,22 @@ def test_two_images_overfit_in_fifty_steps():
         optimizer.step()
         totals.append(total.item())
     assert sum(totals[-5:]) < 0.6 * sum(totals[:5])
+
+
+@pytest.mark.parametrize("assigner", [ATSSAssigner(), SimOTAAssigner()], ids=["atss", "simota"])
+@pytest.mark.parametrize("transform", [Box2BoxTransform(), PointToBoxTransform()])
+def test_box_offset_moves_the_truth_of_training_as_far_as_the_boxes_of_evaluation(
+    transform, assigner
+):
+    bias = 4.0 if isinstance(transform, PointToBoxTransform) else 0.0
+    model = tiny_detector(box2box_transform=transform, head=dict(bbox_bias=bias), assigner=assigner)
+    torch.nn.init.normal_(model.proposal_generator.head.bbox_pred.weight, std=0.05)
+    inputs, classes = make_input(), [0, 2]
+    expected = model([{**inputs, "instances": make_instances(BOXES, classes)}])
+    model.proposal_generator.box_offset = 0.5
+    found = model([{**inputs, "instances": make_instances(torch.tensor(BOXES) + 0.5, classes)}])
+    assert expected["loss_box_reg"] > 0
+    assert {k: v.item() for k, v in found.items()} == {k: v.item() for k, v in expected.items()}
 
 
 def test_training_under_bfloat16_autocast_stays_near_float32():

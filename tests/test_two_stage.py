@@ -129,6 +129,26 @@ def test_losses_of_the_first_stage_are_those_of_a_one_class_detector():
         assert (result.objectness_logits.diff() <= 0).all()
 
 
+def test_box_offset_moves_the_truth_of_the_first_stage_only():
+    model = make_model("faster", "lazy").train()
+    core, inputs = model.proposal_generator, inputs_of("faster")
+    expected = core_losses(model, inputs)
+    core.box_offset = 0.5
+    for x in inputs:
+        x["instances"].gt_boxes.tensor.add_(0.5)
+    boxes = [x["instances"].gt_boxes.tensor.clone() for x in inputs]
+    assert core_losses(model, inputs) == expected
+    for x, before in zip(inputs, boxes):  # what the ROI heads get
+        assert torch.equal(x["instances"].gt_boxes.tensor, before)
+
+
+def core_losses(model, inputs):
+    images = model.preprocess_image(inputs)
+    features = model.backbone(images.tensor)
+    _, losses = model.proposal_generator(images, features, [x["instances"] for x in inputs])
+    return {name: loss.item() for name, loss in losses.items()}
+
+
 def test_classes_of_the_ground_truth_do_not_matter_to_the_first_stage():
     model = make_model("faster", "lazy").train()
     images = model.preprocess_image(inputs_of("faster"))

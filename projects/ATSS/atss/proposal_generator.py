@@ -36,8 +36,8 @@ class ATSS(nn.Module):
             of a two-stage detector: it returns class-agnostic proposals, in training too, and
             prefixes its losses.
         in_features: names of the feature maps to use, from high to low resolution.
-        box_offset: pixels added to x and y of decoded boxes, 0.5 for converted weights of the
-            authors.
+        box_offset: pixels added to x and y of decoded boxes, and taken from those of the ground
+            truth in training; 0.5 for converted weights of the authors.
         stats_period: every so many iterations, log positives per image and objects without
             positives (this waits for the GPU); 0 disables.
 
@@ -134,6 +134,7 @@ class ATSS(nn.Module):
             self.num_classes,
             PredictionsAt(predictions, anchors, self.box2box_transform),
             gt_boxes_on_host,
+            self.box_offset,
         )
         self._log_statistics(targets)
         losses = self.loss(predictions, anchors, targets)
