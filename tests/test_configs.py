@@ -135,6 +135,27 @@ def test_yaml_and_python_twins_build_the_same_training(name):
         assert mine == augmentations(build_augmentation(yaml_cfg, is_train))
 
 
+ALL_PYTHON = sorted(
+    str(path.relative_to(REPO / "configs").with_suffix(""))
+    for path in (REPO / "configs").rglob("*.py")
+    if "common" not in path.parts
+)
+
+
+@pytest.mark.parametrize("name", ALL_PYTHON)
+def test_images_are_read_in_the_order_of_channels_that_the_model_takes(name):
+    file = str(REPO / "configs" / f"{name}.py")
+    data = load_lazy_config(file, ["model.input_format=RGB"]).dataloader
+    assert data.train.mapper.image_format == data.test.mapper.image_format == "RGB"
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_data_in_another_order_of_channels_are_refused_at_the_start(split):
+    file = str(REPO / "configs" / "toy" / "atss_toy.py")
+    with pytest.raises(ValueError, match=f"{split}.mapper.image_format is 'RGB'.*input_format is"):
+        load_lazy_config(file, [f"dataloader.{split}.mapper.image_format=RGB"])
+
+
 def test_there_are_twins_to_compare():
     assert {"coco/atss_R_50_FPN_1x", "toy/atss_toy"} <= set(TWINS)
 

@@ -138,7 +138,8 @@ def update_lazy_config(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
         `cfg`.
 
     Raises:
-        ValueError: for a string without "=", or a key that does not exist, listing those that do.
+        ValueError: for a string without "=", a key that does not exist, listing those that do, or
+            images read in another order of channels than the model takes.
     """
     for override in overrides:
         key, separator, _ = override.partition("=")
@@ -147,7 +148,9 @@ def update_lazy_config(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
                 f"Override {override!r} has no '='; write key=value, e.g. train.max_iter=1000."
             )
         _check_key(cfg, key.lstrip("+"))
-    return LazyConfig.apply_overrides(cfg, list(overrides))
+    cfg = LazyConfig.apply_overrides(cfg, list(overrides))
+    _check_channel_order(cfg)
+    return cfg
 
 
 def load_yaml_config(config_file: str, overrides: Sequence[str] = ()) -> CfgNode:
@@ -188,6 +191,19 @@ def load_yaml_config(config_file: str, overrides: Sequence[str] = ()) -> CfgNode
 def _check_file(config_file: str) -> None:
     if not os.path.isfile(config_file):
         raise FileNotFoundError(f"There is no config file {config_file!r} (--config-file).")
+
+
+def _check_channel_order(cfg: DictConfig) -> None:
+    """Refuse a data pipeline that reads images in another order than the model was made for."""
+    order = OmegaConf.select(cfg, "model.input_format")
+    for split in ("train", "test"):
+        key = f"dataloader.{split}.mapper.image_format"
+        found = OmegaConf.select(cfg, key)
+        if order is not None and found not in (None, order):
+            raise ValueError(
+                f"{key} is {found!r}, but model.input_format is {order!r}: the model would see red "
+                f"and blue exchanged. Set the former to '${{model.input_format}}'."
+            )
 
 
 def _check_key(cfg: Config, key: str) -> None:
