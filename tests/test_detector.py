@@ -287,7 +287,7 @@ def test_yaml_values_that_mean_nothing_are_named(key, value, words):
 
 def test_loss_and_detector_may_share_a_transform_of_any_axis():
     for transform in (Box2BoxTransform((10.0, 10.0, 5.0, 5.0)), PointToBoxTransform()):
-        model = tiny_detector(box2box_transform=transform)
+        model = tiny_detector(box2box_transform=transform, head=dict(bbox_bias=4.0))
         assert isinstance(model.proposal_generator.loss, DenseLoss)
         losses = model([make_input(boxes=BOXES, classes=[0, 2])])
         assert losses["loss_box_reg"] > 0
@@ -297,3 +297,19 @@ def test_points_and_anchors_of_different_scale_are_refused():
     transform = PointToBoxTransform(anchor_scale=5.0)
     with pytest.raises(ValueError, match="anchor_scale is 5.*8 strides large.*ANCHOR_SCALE"):
         tiny_detector(box2box_transform=transform, head=dict(bbox_bias=4.0))
+
+
+@pytest.mark.parametrize("bias", [0.0, -1.0])
+def test_points_whose_distances_would_start_without_a_gradient_are_refused(bias):
+    with pytest.raises(ValueError, match=f"bbox_bias is {bias}.*HEAD.BBOX_BIAS. 4"):
+        tiny_detector(box2box_transform=PointToBoxTransform(), head=dict(bbox_bias=bias))
+
+
+@pytest.mark.parametrize("other", [Box2BoxTransform((1.0, 1.0, 1.0, 1.0)), PointToBoxTransform()])
+def test_loss_with_another_transform_than_the_detector_is_refused(other):
+    with pytest.raises(ValueError, match=r"The loss has a .*'\$\{..box2box_transform"):
+        tiny_detector(loss=dict(box2box_transform=other))
+
+
+def test_loss_with_an_equal_transform_is_taken():
+    tiny_detector(loss=dict(box2box_transform=Box2BoxTransform((10.0, 10.0, 5.0, 5.0))))

@@ -92,6 +92,7 @@ class ATSSHead(nn.Module):
         self.num_classes = num_classes
         self.num_anchors = num_anchors
         self.num_levels = num_levels
+        self.bbox_bias = bbox_bias
 
         def make_tower() -> nn.Sequential:
             layers: List[nn.Module] = []
