@@ -38,7 +38,8 @@ class ATSSHead(nn.Module):
         num_levels: L, as many scales are made.
         num_convs: convolutions in each tower.
         norm: normalisation after each of them, by Detectron2's names; "" for none. "GN" has 32
-            groups; of one channel each where `in_channels` is 32, which is instance norm. Batch statistics ("BN", "SyncBN") are shared over levels.
+            groups, of one channel each where `in_channels` is 32, which is instance norm. Batch
+            statistics ("BN", "SyncBN") are shared over levels.
         centerness: predict centerness.
         level_scales: multiply the deltas of each level with a learned factor.
         deformable: make the last convolution of both towers deformable, DCNv2.

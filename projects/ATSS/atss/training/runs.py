@@ -14,7 +14,7 @@ from detectron2.modeling import build_model as build_yaml_model
 from detectron2.utils import comm
 
 from ..checkpoint import ATSSCheckpointer, load_or_resume, require_checkpoint
-from ..device import compile_dense_parts
+from ..device import compile_dense_parts, to_channels_last
 from ..inference_mode import prepare_as_configured
 from ..tta import ATSSWithTTA, make_views, release_views
 from .configs import Config, available_device, get_setting
@@ -32,7 +32,7 @@ def build_model(cfg: Config) -> nn.Module:
     else:
         model = instantiate(cfg.model).to(available_device(cfg))
     if get_setting(cfg, "channels_last", False):
-        model = model.to(memory_format=torch.channels_last)
+        model = to_channels_last(model)
     return model
 
 
