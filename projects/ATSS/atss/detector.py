@@ -1,5 +1,6 @@
 """The one-stage detector: images in, instances out."""
 
+import inspect
 from typing import Dict, List, Optional, Sequence, Tuple
 
 import torch
@@ -242,7 +243,14 @@ def build_detector(
     Args:
         backbone, pixel_mean, pixel_std, input_format, vis_period: see `ATSSDetector`.
         **parts: keyword arguments of `ATSS`: head, anchor_generator, assigner, ...
+
+    Raises:
+        ValueError: for a part that `ATSS` does not have.
     """
+    known = list(inspect.signature(ATSS).parameters)
+    unknown = [name for name in parts if name not in known]
+    if unknown:
+        raise ValueError(f"model.{unknown[0]} is no part of the detector; its parts are {known}.")
     return ATSSDetector(
         backbone=backbone,
         proposal_generator=ATSS(**parts),

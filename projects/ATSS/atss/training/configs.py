@@ -127,8 +127,8 @@ def load_lazy_config(config_file: str, overrides: Sequence[str] = ()) -> DictCon
 def update_lazy_config(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
     """Set config entries, refusing those that nothing reads.
 
-    Entries of a part (a node with a `_target_`) may be new, since its constructor checks them;
-    everywhere else the key must exist.
+    The last name of a key may be new in a part (a node with a `_target_`), whose constructor checks
+    it; everywhere else the key must exist.
 
     Args:
         cfg: changed in place.
@@ -216,7 +216,7 @@ def _check_key(cfg: Config, key: str) -> None:
             node = node[int(name)]
         elif has_keys and name in node:
             node = node[name]
-        elif has_keys and "_target_" in node:
+        elif has_keys and "_target_" in node and depth == len(path) - 1:
             return
         else:
             where = ".".join(path[:depth]) or "the config"
