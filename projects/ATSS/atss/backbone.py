@@ -215,8 +215,9 @@ def resnet_fpn(
 
 @BACKBONE_REGISTRY.register()
 def build_atss_resnet_fpn_backbone(cfg, input_shape: ShapeSpec) -> FPN:
-    """`resnet_fpn` from the keys that Detectron2's own backbones read."""
-    resnets, in_features = cfg.MODEL.RESNETS, cfg.MODEL.ATSS.IN_FEATURES
+    """`resnet_fpn` from the keys of Detectron2's own backbones, up to the level that ATSS needs."""
+    resnets = cfg.MODEL.RESNETS
+    above_p5 = set(cfg.MODEL.ATSS.IN_FEATURES) - {"p2", "p3", "p4", "p5"}
     return resnet_fpn(
         depth=resnets.DEPTH,
         norm=resnets.NORM,
@@ -235,5 +236,5 @@ def build_atss_resnet_fpn_backbone(cfg, input_shape: ShapeSpec) -> FPN:
         deform_num_groups=resnets.DEFORM_NUM_GROUPS,
         in_features=cfg.MODEL.FPN.IN_FEATURES or ["res3", "res4", "res5"],
         frozen_bn_eps=cfg.MODEL.ATSS.FROZEN_BN_EPS,
-        num_top_levels=2 if "p7" in in_features else int("p6" in in_features),
+        num_top_levels=2 if above_p5 - {"p6"} else len(above_p5),
     )
