@@ -75,6 +75,29 @@ def test_a_file_of_the_authors_gives_their_boxes_half_a_pixel_further(tmp_path, 
     assert_detect_the_same(ours, inputs, theirs, inputs)
 
 
+def test_fine_tuning_weights_of_the_authors_ends_without_bias(tmp_path):
+    path = save_as(tiny_detector(), "author", tmp_path / "author.pth")
+    model = tiny_detector()
+    ATSSCheckpointer(model).load(path)
+    assert model.proposal_generator.box_offset == 0.5
+    batch = [
+        make_input(64, 96, [[10.0, 12, 40, 44]], [0]), make_input(64, 96, [[50.0, 8, 86, 48]], [2])
+    ]  # fmt: skip
+    steps = 120
+    optimizer = torch.optim.Adam(model.parameters(), 2e-3)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        sum(model(batch).values()).backward()
+        optimizer.step()
+        schedule.step()
+    with torch.no_grad():
+        found = [x["instances"].pred_boxes.tensor[0] for x in model.eval()(batch)]
+    truth = torch.cat([x["instances"].gt_boxes.tensor for x in batch])
+    errors = torch.stack(found) - truth
+    assert errors.abs().mean() < 0.1 and errors.mean(dim=0).abs().max() < 0.1, errors
+
+
 def test_a_file_of_mmdetection_gives_the_boxes_of_its_geometry(tmp_path):
     mean, std = [123.675, 116.28, 103.53], [58.395, 57.12, 57.375]
     theirs = lively_detector(

@@ -475,6 +475,20 @@ def test_good_records_come_back_as_they_are():
     assert [a is b for a, b in zip(checked, records)] == [True, True]
 
 
+@pytest.mark.parametrize("outline", [None, [], "missing"])
+def test_objects_without_outlines_are_refused_for_a_mask_head(outline):
+    good, bad = record([0, 0, 9, 9]), record([0, 0, 9, 9], [1, 1, 5, 5])
+    for annotation in (*good["annotations"], *bad["annotations"]):
+        annotation["segmentation"] = [[0, 0, 9, 0, 9, 9]]
+    assert check_dataset_dicts([good, bad], 3, "zoo", with_masks=True) == [good, bad]
+    bad["annotations"][1]["segmentation"] = outline
+    if outline == "missing":
+        del bad["annotations"][1]["segmentation"]
+    check_dataset_dicts([good, bad], 3, "zoo")
+    with raises_with("annotation 1", "no segmentation, which a mask head", "MODEL.MASK_ON", "zoo"):
+        check_dataset_dicts([good, bad], 3, "zoo", with_masks=True)
+
+
 def test_boxes_without_area_are_dropped_from_a_copy_and_counted(caplog):
     records = [record([0, 0, 9, 9], [4, 4, 4, 9], [50, 4, 60, 9]), record([1, 1, 2, 2])]
     before = copy.deepcopy(records)

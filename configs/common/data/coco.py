@@ -27,7 +27,7 @@ dataloader.train = L(build_detection_train_loader)(
             L(T.ResizeShortestEdge)(short_edge_length=[800], sample_style="choice", max_size=1333),
             L(T.RandomFlip)(horizontal=True),
         ],
-        image_format="BGR",
+        image_format="${model.input_format}",
         use_instance_mask=False,
     ),
     total_batch_size=16,
@@ -39,7 +39,7 @@ dataloader.test = L(build_detection_test_loader)(
     mapper=L(DatasetMapper)(
         is_train=False,
         augmentations=[L(T.ResizeShortestEdge)(short_edge_length=800, max_size=1333)],
-        image_format="${...train.mapper.image_format}",
+        image_format="${model.input_format}",
     ),
     num_workers=4,
 )

@@ -1,5 +1,6 @@
 """The one-stage detector: images in, instances out."""
 
+import inspect
 from typing import Dict, List, Optional, Sequence, Tuple
 
 import torch
@@ -13,11 +14,15 @@ from detectron2.modeling.postprocessing import detector_postprocess
 from detectron2.structures import Boxes, ImageList, Instances
 from detectron2.utils.events import get_event_storage
 
+from .backbone import P6P7FromP5
 from .build import build_parts
 from .device import instances_to_device, to_device
 from .postprocessing.traceable import move_like
 from .proposal_generator import ATSS
 from .stored_settings import StoresSettings, turn_channels
+
+# Pixels; a coordinate beyond is an error, and the areas of such boxes would overflow.
+_FURTHEST = 1e6
 
 
 @META_ARCH_REGISTRY.register()
@@ -52,6 +57,15 @@ class ATSSDetector(StoresSettings, nn.Module):
             raise ValueError(
                 f"pixel_mean has {len(pixel_mean)} channels, pixel_std {len(pixel_std)}; they need "
                 "one value per channel of the input."
+            )
+        top_block = getattr(backbone, "top_block", None)
+        in_features = set(proposal_generator.in_features)
+        if isinstance(top_block, P6P7FromP5) and in_features < set(backbone.output_shape()):
+            raise ValueError(
+                f"model.in_features {sorted(in_features)} leaves out "
+                f"{sorted(set(backbone.output_shape()) - in_features)} of the backbone, whose "
+                "weights would get no gradient. Lower model.backbone.num_top_levels (2: p6, p7), "
+                "or leave a stage out of model.backbone.in_features (MODEL.FPN.IN_FEATURES)."
             )
         self.backbone = backbone
         self.proposal_generator = proposal_generator
@@ -98,7 +112,7 @@ class ATSSDetector(StoresSettings, nn.Module):
 
         Raises:
             ValueError: for ground truth that is missing, not finite, inverted or of a class that
-                does not exist.
+                does not exist, or images with another number of channels than the model has.
         """
         images = self.preprocess_image(batched_inputs)
         if not self.training:
@@ -124,6 +138,15 @@ class ATSSDetector(StoresSettings, nn.Module):
         if torch.jit.is_tracing():
             images = [move_like(x["image"], self.pixel_mean) for x in batched_inputs]
         else:
+            num_channels = len(self.pixel_mean)
+            for i, inputs in enumerate(batched_inputs):
+                shape = tuple(inputs["image"].shape)
+                if len(shape) != 3 or shape[0] != num_channels:
+                    raise ValueError(
+                        f"Image {inputs.get('image_id', i)!r} of the batch has the shape {shape}, "
+                        f"but the model takes ({num_channels}, height, width). Read images in the "
+                        f"format of model.input_format (INPUT.FORMAT), {self.input_format!r}."
+                    )
             images = [to_device(x["image"], self.device) for x in batched_inputs]
         images = [(x - self.pixel_mean) / self.pixel_std for x in images]
         divisor, is_square = padding_rule(self.backbone)
@@ -232,12 +255,14 @@ def check_gt_instances(instances: Instances, num_classes: int, image_id: Optiona
     boxes = instances.gt_boxes.tensor
     if boxes.device.type != "cpu" or len(boxes) == 0:
         return
-    is_bad = ~torch.isfinite(boxes).all(dim=1) | (boxes[:, 2:] < boxes[:, :2]).any(dim=1)
+    # Not the other way round: comparisons with NaN are false.
+    is_bad = ~(boxes.abs() <= _FURTHEST).all(dim=1) | (boxes[:, 2:] < boxes[:, :2]).any(dim=1)
     if is_bad.any():
         i = int(is_bad.nonzero()[0])
         raise ValueError(
             f"Ground-truth box {i} of image {image_id!r} is {boxes[i].tolist()}; boxes need finite "
-            "x1 <= x2 and y1 <= y2 in pixels. Check the annotations and the augmentations."
+            f"x1 <= x2 and y1 <= y2 in pixels, within {_FURTHEST:.0f} px. Check the annotations "
+            "and the augmentations."
         )
     classes = instances.gt_classes
     is_bad = (classes < 0) | (classes >= num_classes)
@@ -264,7 +289,14 @@ def build_detector(
     Args:
         backbone, pixel_mean, pixel_std, input_format, vis_period: see `ATSSDetector`.
         **parts: keyword arguments of `ATSS`: head, anchor_generator, assigner, ...
+
+    Raises:
+        ValueError: for a part that `ATSS` does not have.
     """
+    known = list(inspect.signature(ATSS).parameters)
+    unknown = [name for name in parts if name not in known]
+    if unknown:
+        raise ValueError(f"model.{unknown[0]} is no part of the detector; its parts are {known}.")
     return ATSSDetector(
         backbone=backbone,
         proposal_generator=ATSS(**parts),

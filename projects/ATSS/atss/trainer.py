@@ -99,6 +99,7 @@ class Trainer(DefaultTrainer):
             cfg.DATASETS.TRAIN,
             get_setting(cfg, "num_classes"),
             cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
+            cfg.MODEL.MASK_ON,
         )
         return build_detection_train_loader(cfg, dataset=dataset)
 

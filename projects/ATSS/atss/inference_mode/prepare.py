@@ -7,7 +7,7 @@ from typing import Any, Mapping, Optional
 import torch
 from torch import Tensor, nn
 
-from ..device import compile_dense_parts, has_fast_bfloat16
+from ..device import compile_dense_parts, has_fast_bfloat16, to_channels_last
 from ..predictions import DensePredictions
 from .batch_norms import fold_batch_norms
 from .onednn import use_onednn
@@ -57,7 +57,7 @@ def prepare_for_inference(
     model.eval().requires_grad_(False)
     fold_batch_norms(model)
     if channels_last:
-        model.to(memory_format=torch.channels_last)
+        to_channels_last(model)
     if dtype is not None:
         _compute_in(dtype, model)
     if compile:

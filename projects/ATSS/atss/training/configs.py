@@ -147,8 +147,8 @@ def load_lazy_config(config_file: str, overrides: Sequence[str] = ()) -> DictCon
 def update_lazy_config(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
     """Set config entries, refusing those that nothing reads.
 
-    Entries of a part (a node with a `_target_`) may be new, since its constructor checks them;
-    everywhere else the key must exist.
+    The last name of a key may be new in a part (a node with a `_target_`), whose constructor checks
+    it; everywhere else the key must exist.
 
     Args:
         cfg: changed in place.
@@ -158,7 +158,8 @@ def update_lazy_config(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
         `cfg`.
 
     Raises:
-        ValueError: for a string without "=", or a key that does not exist, listing those that do.
+        ValueError: for a string without "=", a key that does not exist, listing those that do, or
+            images read in another order of channels than the model takes.
     """
     for override in overrides:
         key, separator, _ = override.partition("=")
@@ -167,7 +168,9 @@ def update_lazy_config(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
                 f"Override {override!r} has no '='; write key=value, e.g. train.max_iter=1000."
             )
         _check_key(cfg, key.lstrip("+"))
-    return LazyConfig.apply_overrides(cfg, list(overrides))
+    cfg = LazyConfig.apply_overrides(cfg, list(overrides))
+    _check_channel_order(cfg)
+    return cfg
 
 
 def load_yaml_config(config_file: str, overrides: Sequence[str] = ()) -> CfgNode:
@@ -293,6 +296,19 @@ def find_config(config_file: str) -> str:
     return config_file
 
 
+def _check_channel_order(cfg: DictConfig) -> None:
+    """Refuse a data pipeline that reads images in another order than the model was made for."""
+    order = OmegaConf.select(cfg, "model.input_format")
+    for split in ("train", "test"):
+        key = f"dataloader.{split}.mapper.image_format"
+        found = OmegaConf.select(cfg, key)
+        if order is not None and found not in (None, order):
+            raise ValueError(
+                f"{key} is {found!r}, but model.input_format is {order!r}: the model would see red "
+                f"and blue exchanged. Set the former to '${{model.input_format}}'."
+            )
+
+
 def _check_key(cfg: Config, key: str) -> None:
     """Refuse a key that the config does not have, listing those it has there."""
     node: Any = cfg
@@ -303,7 +319,7 @@ def _check_key(cfg: Config, key: str) -> None:
             node = node[int(name)]
         elif has_keys and name in node:
             node = node[name]
-        elif has_keys and "_target_" in node:
+        elif has_keys and "_target_" in node and depth == len(path) - 1:
             return
         else:
             where = ".".join(path[:depth]) or "the config"

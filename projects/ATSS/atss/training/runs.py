@@ -22,7 +22,7 @@ from ..checkpoint import (
     require_weights,
 )
 from ..data import common_classes
-from ..device import compile_dense_parts
+from ..device import compile_dense_parts, to_channels_last
 from ..inference_mode import prepare_as_configured
 from ..tta import ATSSWithTTA, make_views, release_views
 from .configs import Config, available_device, data_class_names, get_setting, save_config
@@ -40,7 +40,7 @@ def build_model(cfg: Config) -> nn.Module:
     else:
         model = instantiate(cfg.model).to(available_device(cfg))
     if get_setting(cfg, "channels_last", False):
-        model = model.to(memory_format=torch.channels_last)
+        model = to_channels_last(model)
     return model
 
 
