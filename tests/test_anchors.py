@@ -77,7 +77,7 @@ def test_octaves_multiply_by_two_to_the_fraction():
         ({"aspect_ratios": []}, "cannot be empty.*model.anchor_generator"),
         ({"sizes": [[8.0], [16.0]]}, "length 2 .*model.anchor_generator"),
         ({"strides": [8, 16, 32, 64, 0]}, "strides must be positive"),
-        ({"offset": 1.0}, r"offset must be in \[0, 1\), got 1.0"),
+        ({"offset": 1.0}, r"offset in \[0, 1\), got 1.0.*ANCHOR_GENERATOR.OFFSET"),
         ({"sizes": [[1.0], [1.0], [1.0], [1.0], [1.0, 2.0]]}, "same number of anchors"),
     ],
 )

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from atss import ATSS, ATSSDetector, add_atss_config
+from atss import ATSS, ATSS_HEAD_REGISTRY, ATSSDetector, ATSSHead, add_atss_config
 from atss.anchors import GridAnchorGenerator, octave_sizes
 from atss.assigners import ATSSAssigner, IoUAssigner, SimOTAAssigner
 from atss.backbone import resnet_fpn
@@ -274,6 +274,24 @@ def test_point_regression_from_several_anchors_says_what_to_change():
 def test_parts_that_do_not_fit_each_other_are_named(changes, words):
     with pytest.raises(ValueError, match=words):
         tiny_detector(**changes)
+
+
+def test_anchor_generator_without_a_lattice_is_refused():
+    cfg = tiny_yaml()
+    cfg.MODEL.ANCHOR_GENERATOR.NAME = "DefaultAnchorGenerator"
+    with pytest.raises(ValueError, match="got a DefaultAnchorGenerator.*ANCHOR_GENERATOR.NAME"):
+        build_model(cfg)
+
+
+def test_a_head_of_your_own_needs_no_other_key_than_its_name():
+    class Bare(ATSSHead):
+        def __init__(self, in_channels, num_classes, num_anchors):
+            super().__init__(in_channels, num_classes, num_anchors)
+
+    ATSS_HEAD_REGISTRY.register(Bare)
+    cfg = tiny_yaml()
+    cfg.MODEL.ATSS.HEAD.NAME = "Bare"
+    assert type(build_model(cfg).proposal_generator.head) is Bare
 
 
 def test_means_and_deviations_need_as_many_channels():

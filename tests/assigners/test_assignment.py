@@ -1,5 +1,7 @@
 """Assignments: samples and their dense forms, ignored anchors, what a step makes and uploads."""
 
+import copy
+
 import pytest
 import torch
 from atss import anchors as anchors_module
@@ -14,10 +16,11 @@ from atss.assigners import (
     resolve_claims,
 )
 from atss.assigners import assignment as assignment_module
-from atss.losses import DenseLoss, classification
+from atss.geometry import box_centers
+from atss.losses import classification
 from atss.predictions import PredictionsAt
 from atss.targets import label_anchors
-from conftest import make_instances, random_boxes, tiny_detector
+from conftest import make_grid, make_input, make_instances, random_boxes, tiny_detector
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
@@ -162,7 +165,29 @@ def test_grids_of_the_last_padded_sizes_are_kept():
     assert generator.grid(features) is first
     for width in range(40):
         generator.grid([torch.zeros(1, 1, 2, width + 1) for _ in STRIDES])
+        assert generator.grid(features) is first  # used in between, so it stays
+    for width in range(40):
+        generator.grid([torch.zeros(1, 1, 2, width + 1) for _ in STRIDES])
     assert len(generator._grids) == 16 and generator.grid(features) is not first
+
+
+def test_kept_grid_is_made_anew_when_what_it_was_made_of_changes():
+    generator = tiny_detector().proposal_generator.anchor_generator
+    features = [torch.zeros(1, 1, -(-64 // s), -(-96 // s)) for s in STRIDES]
+
+    def agrees():
+        ours = [level.tensor for level in generator.grid(features).boxes]
+        return all(map(torch.equal, ours, [level.tensor for level in generator(features)]))
+
+    assert agrees()
+    generator.offset = 0.0
+    assert agrees()
+    generator.strides = [2 * stride for stride in generator.strides]
+    assert agrees()
+    next(iter(generator.cell_anchors)).mul_(1.01)
+    generator.half().float()  # rounds the cell anchors
+    assert agrees()
+    assert copy.deepcopy(generator)._grids == {} and generator._grids != {}
 
 
 @pytest.mark.parametrize("num_cells", [1, 3])
@@ -174,6 +199,41 @@ def test_boxes_computed_from_places_are_the_bits_of_the_grid(num_cells):
     assert torch.equal(grid.boxes_at(torch.arange(grid.num_anchors)), expected)
     order = torch.randint(grid.num_anchors, (5, 4))
     assert torch.equal(grid.boxes_at(order), expected[order])
+
+
+def test_values_of_samples_that_are_not_positive_have_no_influence():
+    class Undefined(ATSSAssigner):
+        def __call__(self, anchors, gt_boxes):
+            assignment = super().__call__(anchors, gt_boxes)
+            values = torch.where(assignment.is_positive, 1.0, float("nan"))
+            assignment.class_targets = assignment.box_weights = values
+            return assignment
+
+    loss = dict(class_normalizer="targets")
+    losses = tiny_detector(assigner=Undefined(), loss=loss)(
+        [make_input(boxes=[[8.0, 8, 60, 50]], classes=[1])]
+    )
+    assert all(value.isfinite() for value in losses.values())
+
+
+def test_anchor_that_a_rule_calls_positive_and_ignored_is_ignored():
+    class Both(ATSSAssigner):
+        def __call__(self, anchors, gt_boxes):
+            assignment = super().__call__(anchors, gt_boxes)
+            assignment.is_ignored = torch.ones_like(assignment.match_labels, dtype=torch.bool)
+            return assignment
+
+    losses = tiny_detector(assigner=Both())([make_input(boxes=[[8.0, 8, 60, 50]], classes=[1])])
+    assert all(value == 0 for value in losses.values())
+
+
+def test_rescued_object_takes_the_nearest_of_anchors_that_fit_alike():
+    grid = make_grid(128, 128, num_levels=1)
+    tiny = Boxes(torch.tensor([[64.2, 63.9, 64.3, 64.0]]))  # inside many anchors: equal IoUs
+    assignment = ATSSAssigner(min_positives_per_gt=1)(grid, [tiny])
+    (anchor,) = assignment.anchor_idxs[assignment.is_positive].tolist()
+    distances = (box_centers(grid.boxes[0].tensor) - box_centers(tiny.tensor)).norm(dim=1)
+    assert distances[anchor] == distances.min()
 
 
 def test_soft_targets_and_box_weights_of_an_assignment_win_over_those_of_the_loss():
@@ -194,4 +254,3 @@ def test_soft_targets_and_box_weights_of_an_assignment_win_over_those_of_the_los
     assert losses[Weighted]["loss_box_reg"] == 0 < losses[ATSSAssigner]["loss_box_reg"]
     # A class target of 0 makes positives background, which costs a new head far less.
     assert losses[Weighted]["loss_cls"] < losses[ATSSAssigner]["loss_cls"]
-    assert isinstance(model.proposal_generator.loss, DenseLoss)

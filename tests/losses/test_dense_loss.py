@@ -9,7 +9,7 @@ from atss.assigners import ATSSAssigner
 from atss.box_regression import Box2BoxTransform
 from atss.losses import DenseLoss, FocalLoss, QualityFocalLoss
 from atss.losses.boxes import elementwise_giou_loss
-from atss.predictions import DensePredictions, Places, flatten_levels
+from atss.predictions import DensePredictions, Places, PredictionsAt, flatten_levels
 from atss.targets import centerness_targets, label_anchors
 from conftest import (
     STRIDES,
@@ -401,6 +401,21 @@ def test_maps_with_more_channels_than_anchors_ask_for_are_refused(output, channe
     targets = make_targets(grid, [random_boxes(3, 64, 64)], 3)
     with pytest.raises(ValueError, match=f"{output} have {channels} channels.*A = 1.*extra"):
         DenseLoss(Box2BoxTransform(WEIGHTS), 3)(predictions, grid, targets)
+
+
+def test_maps_of_another_size_than_the_grid_are_refused():
+    grid, other = make_grid(64, 64), make_grid(64, 96)
+    targets = make_targets(grid, [random_boxes(3, 64, 64)], 3)
+    with pytest.raises(ValueError, match=r"predicts for 1 anchors at .*\(8, 12\).*\(8, 8\)"):
+        DenseLoss(Box2BoxTransform(WEIGHTS), 3)(random_predictions(other, 1, 3), grid, targets)
+
+
+def test_sums_over_classes_are_those_of_all_logits():
+    grid = make_grid(64, 96)
+    predictions = random_predictions(grid, 2, 3)
+    at = PredictionsAt(predictions, grid, Box2BoxTransform(WEIGHTS))
+    expected = flatten_levels(predictions.logits, 1).exp().sum(dim=2)
+    torch.testing.assert_close(at.sum_over_classes(torch.exp), expected)
 
 
 def test_quality_branch_that_nothing_would_train_is_refused():

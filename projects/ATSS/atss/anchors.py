@@ -74,10 +74,9 @@ class AnchorGrid:
     all A anchors of that location are its cell anchors moved there. Anchors of a level are ordered
     by row, column, anchor, as Detectron2 orders them; levels follow each other.
 
-    What a level is made of also lies on the device, one value per level, and is uploaded once:
-    `widths` and `level_starts` (index of the first anchor), (L,) int64, `areas` (2, L) int64 (Hi *
-    Wi, and their sum over the levels before), `stride_values` (L,) float32 and `cell_anchors`
-    (L, A, 4).
+    Numbers of the levels are tensors on the device, uploaded once: `widths` (L,), `level_starts`
+    (L,), the index of the first anchor, and `num_locations` (2, L), Hi * Wi and the sum of these
+    over the levels before, all int64; `stride_values` (L,) and `cell_anchors` (L, A, 4), float32.
 
     Args:
         grid_sizes: L pairs (Hi, Wi): locations of each level.
@@ -158,10 +157,10 @@ class AnchorGrid:
         return self.constant("widths", [width for _, width in self.grid_sizes])
 
     @cached_property
-    def areas(self) -> Tensor:
-        areas = [height * width for height, width in self.grid_sizes]
-        before = itertools.accumulate([0, *areas[:-1]])
-        return self.constant("areas", [areas, list(before)])
+    def num_locations(self) -> Tensor:
+        counts = [height * width for height, width in self.grid_sizes]
+        before = itertools.accumulate([0, *counts[:-1]])
+        return self.constant("num_locations", [counts, list(before)])
 
     @cached_property
     def level_starts(self) -> Tensor:
@@ -219,7 +218,7 @@ class AnchorGrid:
         levels, positions, cells = locations
         width = self.widths[levels]
         rows = torch.div(positions, width, rounding_mode="floor")
-        centers = torch.stack((positions - rows * width, rows), dim=-1) + self.offset
+        centers = torch.stack((positions - rows * width, rows), dim=-1).float() + self.offset
         centers = centers * self.stride_values[levels].unsqueeze(-1)
         return torch.cat((centers, centers), dim=-1) + self.cell_anchors[levels, cells]
 
@@ -304,14 +303,16 @@ class GridAnchorGenerator(DefaultAnchorGenerator):
     """
 
     def __init__(self, *args, **kwargs):
-        # Detectron2's @configurable __init__ turns a (cfg, shapes) call into the keywords above.
-        offset = kwargs.get("offset", 0.5)
-        if not 0.0 <= offset < 1.0:
-            raise ValueError(f"anchor_generator.offset must be in [0, 1), got {offset}.")
         try:
             super().__init__(*args, **kwargs)
         except AssertionError as error:
-            # Detectron2's way to refuse an empty list or a wrong length.
+            # Detectron2's way to refuse an offset, an empty list or a wrong length.
+            offset = getattr(self, "offset", 0.5)
+            if not 0.0 <= offset < 1.0:
+                raise ValueError(
+                    f"GridAnchorGenerator needs offset in [0, 1), got {offset}. Change "
+                    "model.anchor_generator.offset (MODEL.ANCHOR_GENERATOR.OFFSET)."
+                ) from error
             raise ValueError(
                 f"{error} Give model.anchor_generator (MODEL.ANCHOR_GENERATOR) one list of sizes "
                 "and one of aspect ratios for all levels, or one per level."
@@ -371,12 +372,20 @@ class GridAnchorGenerator(DefaultAnchorGenerator):
         """
         cells = list(self.cell_anchors)
         grid_sizes = tuple(tuple(feature.shape[-2:]) for feature in features)
-        key = (grid_sizes, self.offset, cells[0].device, cells[0].dtype)
+        key = (grid_sizes, self.offset, tuple(self.strides), cells[0].device, cells[0].dtype)
         if key not in self._grids:
             while len(self._grids) >= _NUM_KEPT_GRIDS:
                 del self._grids[next(iter(self._grids))]
             self._grids[key] = AnchorGrid(grid_sizes, self.strides, cells, self.offset)
+        self._grids[key] = self._grids.pop(key)  # the last used comes last
         return self._grids[key]
+
+    def _apply(self, *args, **kwargs):
+        self._grids = {}  # cell anchors may move to another device or type
+        return super()._apply(*args, **kwargs)
+
+    def __getstate__(self):
+        return {**self.__dict__, "_grids": {}}  # neither copied nor saved
 
 
 def _check_positive(name: str, values: Sequence[Sequence[float]]) -> None:

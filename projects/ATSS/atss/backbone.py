@@ -1,6 +1,6 @@
 """ResNet and ResNeXt with a feature pyramid P3 to P7, and their deformable stages.
 
-P6 comes from P5, not from C5 as in RetinaNet (Sec. 4, after FCOS).
+P6 comes from P5, not from C5 as in RetinaNet (Sec. 3.1, after FCOS).
 """
 
 from typing import List, Sequence

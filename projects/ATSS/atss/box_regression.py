@@ -57,7 +57,7 @@ class Box2BoxTransform(_Detectron2Box2BoxTransform):
 
 
 class PointToBoxTransform:
-    """Distances from the anchor's centre to the four sides, in strides (FCOS; Sec. 3.1 (ii)).
+    """Distances from the anchor's centre to the four sides, in strides (FCOS; Sec. 3.3).
 
     The stride is the anchor's size divided by `anchor_scale`, so the anchor box only says where the
     point is and which level it belongs to. Predictions pass a ReLU; heads start them at

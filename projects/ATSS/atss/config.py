@@ -47,29 +47,20 @@ def add_atss_config(cfg: CN) -> None:
     # Axis 3 of 4: head and losses.
     atss.HEAD = CN(new_allowed=True)
     atss.HEAD.NAME = "ATSSHead"
-    atss.HEAD.NUM_CONVS = 4
-    atss.HEAD.NORM = "GN"
-    atss.HEAD.CENTERNESS = True
-    atss.HEAD.LEVEL_SCALES = True
-    atss.HEAD.DEFORMABLE = False
-    atss.HEAD.CONV_BIAS = True
-    atss.HEAD.BBOX_BIAS = None  # 0 for boxes, 4 for points
-    atss.HEAD.PRIOR_PROB = 0.01
+    for key in ("NUM_CONVS", "NORM", "CENTERNESS", "LEVEL_SCALES", "DEFORMABLE", "CONV_BIAS",
+                "PRIOR_PROB", "BBOX_BIAS"):  # fmt: skip
+        atss.HEAD[key] = None  # BBOX_BIAS: 0 for boxes, 4 for points
 
     atss.LOSS = CN(new_allowed=True)
     atss.LOSS.NAME = "DenseLoss"
     atss.LOSS.CLASSIFICATION = CN(new_allowed=True)
     atss.LOSS.CLASSIFICATION.NAME = "FocalLoss"
-    atss.LOSS.CLASSIFICATION.ALPHA = None
-    atss.LOSS.CLASSIFICATION.GAMMA = None
-    atss.LOSS.CLASSIFICATION.BETA = None
-    atss.LOSS.BOX_LOSS = "giou"
-    atss.LOSS.BOX_LOSS_WEIGHT = 2.0
+    for key in ("ALPHA", "GAMMA", "BETA"):
+        atss.LOSS.CLASSIFICATION[key] = None
     # Python's None, "no such thing", is "none" here: a key that is None means the default.
-    atss.LOSS.QUALITY = "centerness"
-    atss.LOSS.BOX_WEIGHTING = "quality"
-    atss.LOSS.CLASS_NORMALIZER = "positives"
-    atss.LOSS.SMOOTH_L1_BETA = 0.11
+    for key in ("BOX_LOSS", "BOX_LOSS_WEIGHT", "QUALITY", "BOX_WEIGHTING", "CLASS_NORMALIZER",
+                "SMOOTH_L1_BETA"):  # fmt: skip
+        atss.LOSS[key] = None
 
     # Axis 4 of 4, anchors per location, is Detectron2's MODEL.ANCHOR_GENERATOR.
 

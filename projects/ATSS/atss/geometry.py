@@ -1,8 +1,7 @@
 """Formulas of boxes and points that assigners, losses and targets share.
 
-All are elementwise and broadcast, in
-float32 pixels of Detectron2's continuous coordinates: a box is (x1, y1, x2, y2), its width
-x2 - x1.
+All are elementwise and broadcast, in float32 pixels of Detectron2's continuous coordinates: a box
+is (x1, y1, x2, y2), its width x2 - x1.
 """
 
 import torch
@@ -52,7 +51,7 @@ def ltrb_distances(centers: Tensor, boxes: Tensor) -> Tensor:
 
 
 def centers_inside(centers: Tensor, boxes: Tensor, margin: float = 0.0) -> Tensor:
-    """Whether a point lies inside a box by more than a margin on all four sides (Sec. 3.2).
+    """Whether a point lies inside a box by more than a margin on all four sides (Sec. 3.2, 4.1).
 
     Args:
         centers: (..., 2) points (x, y) in pixels.

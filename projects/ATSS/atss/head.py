@@ -1,4 +1,4 @@
-"""Axis 3 of 4: the head, with the improvements that any detector can have.
+"""Axis 3 of 4: the head and, in `losses/`, its losses.
 
 RetinaNet's two towers shared over levels, with the universal improvements of Table 1 as independent
 switches: GroupNorm, centerness, one scale per level.

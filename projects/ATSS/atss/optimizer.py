@@ -1,4 +1,4 @@
-"""Parameter groups: the learning rate and decay of each parameter (recipe of Sec. 4)."""
+"""Parameter groups: the learning rate and decay of each parameter (recipe of Sec. 3.1)."""
 
 from typing import Any, Dict, List, Optional, Tuple
 

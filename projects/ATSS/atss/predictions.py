@@ -41,12 +41,24 @@ class DensePredictions:
         """The maps of all levels: logits, deltas, quality."""
         return [*self.logits, *self.deltas, *(self.quality or ())]
 
-    def check(self, num_classes: int) -> None:
-        """Refuse maps whose channels are not what anchors and classes ask for.
+    def check(self, num_classes: int, grid: Optional[AnchorGrid] = None) -> None:
+        """Refuse maps that are not what anchors and classes ask for.
+
+        Args:
+            num_classes: K.
+            grid: if given, maps have its sizes and its anchors per location.
 
         Raises:
-            ValueError: naming the output, its channels and those needed.
+            ValueError: naming the output, its channels or sizes and those needed.
         """
+        if grid is not None:
+            sizes = [tuple(level.shape[-2:]) for level in self.logits]
+            if (self.num_anchors, sizes) != (grid.num_cell_anchors, grid.grid_sizes):
+                raise ValueError(
+                    f"The head predicts for {self.num_anchors} anchors at locations {sizes}, but "
+                    f"there are {grid.num_cell_anchors} anchors at locations {grid.grid_sizes}. "
+                    "Make model.head.num_anchors and the levels those of model.anchor_generator."
+                )
         expected = (
             ("logits", self.logits, num_classes, "A*K"),
             ("deltas", self.deltas, 4, "A*4"),
@@ -77,21 +89,21 @@ class Places(NamedTuple):
     Attributes:
         image_idxs: (S,) int64, which of the N images.
         locations: level, position and cell, (S,) each.
-        areas: (S,) int64, Hi * Wi of that level.
-        areas_before: (S,) int64, Hi * Wi of the levels before it, summed.
+        num_locations: (S,) int64, Hi * Wi of that level.
+        locations_before: (S,) int64, Hi * Wi of the levels before it, summed.
     """
 
     image_idxs: Tensor
     locations: Locations
-    areas: Tensor
-    areas_before: Tensor
+    num_locations: Tensor
+    locations_before: Tensor
 
     @classmethod
     def of(cls, grid: AnchorGrid, image_idxs: Tensor, anchor_idxs: Tensor) -> "Places":
         """Places of anchors given by image and by index among the R anchors of an image."""
         locations = grid.locate(anchor_idxs)
-        areas, areas_before = grid.areas[:, locations.levels].unbind()
-        return cls(image_idxs, locations, areas, areas_before)
+        num_locations, locations_before = grid.num_locations[:, locations.levels].unbind()
+        return cls(image_idxs, locations, num_locations, locations_before)
 
 
 class FlatMaps(NamedTuple):
@@ -130,18 +142,18 @@ class FlatMaps(NamedTuple):
         """
         per_anchor = self.depth // num_anchors
         if which is None:
-            which = torch.arange(per_anchor, device=places.areas.device)
-        image_idxs, areas, positions, cells = (
-            x.unsqueeze(1) for x in (places.image_idxs, places.areas, *places.locations[1:])
+            which = torch.arange(per_anchor, device=places.num_locations.device)
+        image_idxs, sizes, positions, cells = (
+            x.unsqueeze(1) for x in (places.image_idxs, places.num_locations, *places.locations[1:])
         )
         channels = cells * per_anchor + which
         if self.channels_last:
-            return (image_idxs * areas + positions) * self.depth + channels
-        return (image_idxs * self.depth + channels) * areas + positions
+            return (image_idxs * sizes + positions) * self.depth + channels
+        return (image_idxs * self.depth + channels) * sizes + positions
 
     def gather(self, places: Places, offsets: Tensor) -> Tensor:
         """Values at (S, D) offsets in the levels of S anchors; gradients flow back."""
-        starts = places.areas_before * (self.num_images * self.depth)
+        starts = places.locations_before * (self.num_images * self.depth)
         levels = places.locations.levels
         return _Gather.apply(levels.unsqueeze(1), offsets, starts.unsqueeze(1), *self.values)
 

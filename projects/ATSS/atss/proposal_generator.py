@@ -130,12 +130,15 @@ class ATSS(StoresSettings, nn.Module):
             raise ValueError("ATSS needs gt_instances in training, got None.")
         _check_strides(images, feature_list, self.anchor_generator.strides, self.in_features)
         anchors = self.anchor_generator.grid(feature_list)
+        at_samples = None
+        if getattr(self.assigner, "uses_predictions", False):
+            at_samples = PredictionsAt(predictions, anchors, self.box2box_transform)
         targets = label_anchors(
             self.assigner,
             anchors,
             gt_instances,
             self.num_classes,
-            PredictionsAt(predictions, anchors, self.box2box_transform),
+            at_samples,
             gt_boxes_on_host,
             self.box_offset,
         )
@@ -182,6 +185,12 @@ class ATSS(StoresSettings, nn.Module):
 
 def _check_parts(head, anchor_generator, box2box_transform, loss, num_classes, in_features) -> None:
     """Parts are chosen one by one; say at once, and where, if two of them do not fit."""
+    if not hasattr(anchor_generator, "grid"):
+        raise ValueError(
+            f"ATSS needs an anchor generator that knows its lattice, got a "
+            f"{type(anchor_generator).__name__}. Make model.anchor_generator a GridAnchorGenerator "
+            "(MODEL.ANCHOR_GENERATOR.NAME)."
+        )
     num_anchors = anchor_generator.num_anchors[0]
     if isinstance(box2box_transform, PointToBoxTransform) and num_anchors != 1:
         raise ValueError(

@@ -63,7 +63,7 @@ def label_anchors(
         gt_classes = [instances.gt_classes.to(torch.int64) for instances in gt_instances]
     if getattr(assigner, "uses_predictions", False):
         assert predictions is not None, f"{type(assigner).__name__} looks at predictions"
-        with torch.autocast(gt_boxes[0].device.type, enabled=False):
+        with torch.autocast(anchors.device.type, enabled=False):
             assignment = assigner(
                 anchors,
                 gt_boxes,

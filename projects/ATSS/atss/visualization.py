@@ -102,7 +102,7 @@ def draw_assignment(
     index: int = 0,
     level_names: Optional[Sequence[str]] = None,
 ) -> np.ndarray:
-    """Positive anchors of each object, one panel per pyramid level (Sec. 3.2).
+    """Positive anchors of each object, one panel per pyramid level (Sec. 4.1).
 
     An object has the same colour in all panels. A dot is the centre of a positive anchor, the thin
     box around it the anchor; dark crosses are ignored anchors. Objects without positives are

@@ -139,7 +139,8 @@ def resolve_claims(
 
     Args:
         anchor_idxs: (M, C) int64 candidate anchors of each object of the batch, indices into the R
-            anchors of its image. Objects are ordered by image; an object names an anchor once.
+            anchors of its image. Objects are ordered by image; an object claims an anchor once
+            at most.
         is_claimed: (M, C) bool, which candidates the object wants.
         priority: (M, C) float, higher wins; must not be NaN where claimed.
         num_objects: N numbers of objects per image, with sum M.

@@ -1,4 +1,4 @@
-"""The rule of the paper: the statistics of an object decide (ATSS, Sec. 3.2, Algorithm 1).
+"""The rule of the paper: the statistics of an object decide (ATSS, Sec. 4.1, Algorithm 1).
 
 An object looks at the anchors nearest to its centre on every level and keeps those whose IoU stands
 out among them.
@@ -16,6 +16,7 @@ from ..checks import check_integer
 from ..geometry import box_centers, centers_inside, elementwise_iou
 from .assignment import Assignment, concatenate_boxes, resolve_claims
 from .candidates import nearest_anchors, nearest_on_lattice
+from .pairwise import check_margin
 
 
 class ATSSAssigner:
@@ -60,7 +61,7 @@ class ATSSAssigner:
             "ATSSAssigner", "anchors_per_location", anchors_per_location, 1,
             "model.assigner.anchors_per_location",
         )  # fmt: skip
-        self.center_margin = center_margin
+        self.center_margin = check_margin("ATSSAssigner", center_margin)
         self.center_in_gt = center_in_gt
 
     def __call__(self, anchors: Anchors, gt_boxes: Sequence[Boxes]) -> Assignment:
@@ -95,12 +96,14 @@ class ATSSAssigner:
     def _rescue(self, is_claimed: Tensor, ious: Tensor) -> Tensor:
         """Claims for the best candidates of objects that have too few, (M, C) bool."""
         num_best = min(self.min_positives_per_gt, ious.shape[1])
-        best = torch.zeros_like(is_claimed).scatter(1, ious.topk(num_best, dim=1).indices, True)
+        # Stable: of equal IoUs on a level, as those of a tiny object are, the nearest comes first.
+        order = ious.sort(dim=1, descending=True, stable=True).indices
+        best = torch.zeros_like(is_claimed).scatter(1, order[:, :num_best], True)
         return best & (is_claimed.sum(dim=1, keepdim=True) < self.min_positives_per_gt)
 
 
 def adaptive_threshold(candidate_ious: Tensor) -> Tensor:
-    """IoU an anchor must reach to be positive for its object (ATSS, Sec. 3.2).
+    """IoU an anchor must reach to be positive for its object (ATSS, Sec. 4.1).
 
     A high mean says the candidates suit the object, so the bar can be high; a high deviation says
     one pyramid level suits it best, so the bar should single it out.

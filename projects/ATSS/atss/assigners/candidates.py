@@ -58,8 +58,8 @@ def nearest_on_lattice(anchors: AnchorGrid, centers: Tensor, topk: int) -> Candi
     # Equally near columns: the smaller one, hence ceil(u - 1/2) and not round(u).
     nearest = torch.ceil(points / stride - anchors.offset - 0.5).to(torch.int64)
     first = torch.minimum(nearest.unsqueeze(-1) - reach, size - len(span)).clamp(min=0)
-    places = first + span  # (M, 2, L, S) columns, rows
-    steps = (places + anchors.offset) * stride.unsqueeze(-1) - points.unsqueeze(-1)
+    places = first + span  # (M, 2, L, W) columns, rows
+    steps = (places.float() + anchors.offset) * stride.unsqueeze(-1) - points.unsqueeze(-1)
     steps = steps.masked_fill(places >= size, float("inf"))
     order = steps.abs().sort(dim=-1, stable=True).indices
     places, steps = places.gather(-1, order), steps.gather(-1, order)  # nearest first
@@ -67,7 +67,7 @@ def nearest_on_lattice(anchors: AnchorGrid, centers: Tensor, topk: int) -> Candi
     # Of the two axes, the parts that a location adds up: squared distances, and flat indices
     # (row-major within the level; int32, which halves the memory). Ranks come first, so that
     # selecting them copies whole blocks.
-    squares = (steps * steps).permute(1, 3, 0, 2).contiguous()  # (2, S, M, L)
+    squares = (steps * steps).permute(1, 3, 0, 2).contiguous()  # (2, W, M, L)
     terms = (places * pitch).int().permute(1, 3, 0, 2).contiguous()
     ranks = anchors.constant(("window ranks", topk), _window_ranks(topk))
     column_ranks, row_ranks = ranks.unbind()  # (T,) each
@@ -87,7 +87,7 @@ def nearest_on_lattice(anchors: AnchorGrid, centers: Tensor, topk: int) -> Candi
     width, first_anchor = anchors.widths.unsqueeze(1), anchors.level_starts.unsqueeze(1)  # (L, 1)
     rows = torch.div(locations, width, rounding_mode="floor")
     points = torch.stack((locations - rows * width, rows), dim=-1)  # (M, L, k, 2)
-    points = (points + anchors.offset) * stride.view(-1, 1, 1)
+    points = (points.float() + anchors.offset) * stride.view(-1, 1, 1)
 
     cells = anchors.cell_anchors.unsqueeze(1)  # (L, 1, A, 4)
     boxes = torch.cat((points, points), dim=-1).unsqueeze(3) + cells  # (M, L, k, A, 4)
@@ -129,7 +129,7 @@ def within_radius_on_lattice(
     span = torch.arange(math.ceil(2 * radius) + 1, device=anchors.device)
     first = torch.floor(points / stride - anchors.offset - radius).to(torch.int64)
     steps = first + span  # (M, 2, L, T) columns, rows
-    distances = ((steps + anchors.offset) * stride - points).abs()
+    distances = ((steps.float() + anchors.offset) * stride - points).abs()
     is_near = (distances < radius * stride) & (steps >= 0) & (steps < size)
     columns, rows = torch.minimum(steps.clamp(min=0), size - 1).unbind(dim=1)  # (M, L, T) each
     positions = rows.unsqueeze(3) * anchors.widths.view(-1, 1, 1) + columns.unsqueeze(2)

@@ -10,11 +10,11 @@ from detectron2.structures import Boxes
 from ..anchors import Anchors, concatenate_anchors
 from ..geometry import box_centers, centers_inside
 from .assignment import Assignment, assign_all_anchors, concatenate_boxes
-from .pairwise import DEFAULT_BUDGET, check_budget, chunks, pairwise_ious
+from .pairwise import DEFAULT_BUDGET, check_budget, check_margin, chunks, pairwise_ious
 
 
 class IoUAssigner:
-    """Positive from the upper threshold, ignored between the two, background below (Sec. 3.2).
+    """Positive from the upper threshold, ignored between the two, background below (Sec. 3.3).
 
     Decides as Detectron2's `Matcher`, so an anchor that is only some object's best match learns the
     object it overlaps most, as in Detectron2's RetinaNet. Unlike there, an object that overlaps no
@@ -52,7 +52,7 @@ class IoUAssigner:
         self.thresholds = tuple(thresholds)
         self.allow_low_quality_matches = allow_low_quality_matches
         self.center_in_gt = center_in_gt
-        self.center_margin = center_margin
+        self.center_margin = check_margin("IoUAssigner", center_margin)
         self.budget = check_budget("IoUAssigner", budget)
 
     def __call__(self, anchors: Anchors, gt_boxes: Sequence[Boxes]) -> Assignment:
@@ -78,6 +78,8 @@ class IoUAssigner:
                 matches, is_positive[i], is_ignored[i] = self._match(image_boxes, anchor_boxes)
                 object_idxs[i] = matches + first
             first += len(image_boxes)
+        can_ignore = self.center_in_gt or self.thresholds[0] < self.thresholds[1]
+        is_ignored = is_ignored if can_ignore else None
         return assign_all_anchors(object_idxs, is_positive, num_objects, is_ignored)
 
     def _match(self, boxes: Tensor, anchors: Tensor) -> Tuple[Tensor, Tensor, Tensor]:

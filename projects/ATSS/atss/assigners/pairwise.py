@@ -4,12 +4,13 @@ RetinaNet's, FCOS's and the top-k rule look at objects x anchors. They do so ima
 chunks, so that what they hold at once fits a budget, however many objects an image has.
 """
 
+import math
 from typing import Iterator, Tuple
 
 import torch
 from torch import Tensor
 
-from ..checks import check_integer
+from ..checks import check_integer, check_range
 from ..geometry import box_areas
 
 # Floats that a dense rule may hold at once, 16 MiB. An image of COCO with 7 objects and 800x1333 px
@@ -41,6 +42,12 @@ def check_budget(rule: str, budget: int) -> int:
     """Refuse a budget that is not a positive integer; return it."""
     name = "budget (float32 values held at once)"
     return check_integer(rule, name, budget, 1, "model.assigner.budget")
+
+
+def check_margin(rule: str, center_margin: float) -> float:
+    """Refuse a margin in pixels that is no finite number; return it."""
+    key = "model.assigner.center_margin"
+    return check_range(rule, "center_margin", center_margin, -math.inf, math.inf, key, ends="()")
 
 
 def pairwise_ious(boxes: Tensor, anchors: Tensor, out: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""FCOS's rule: points inside a box, on the pyramid level made for its size (Sec. 3.2).
+"""FCOS's rule: points inside a box, on the pyramid level made for its size (Sec. 3.3).
 
 The paper calls it the spatial and scale constraint: a point inside a box is a candidate, and each
 pyramid level is given a range of object sizes beforehand.
@@ -15,13 +15,13 @@ from ..anchors import AnchorGrid, Anchors, concatenate_anchors, num_anchors_per_
 from ..checks import check_range
 from ..geometry import box_areas, box_centers
 from .assignment import Assignment, assign_all_anchors, concatenate_boxes
-from .pairwise import DEFAULT_BUDGET, check_budget, chunks
+from .pairwise import DEFAULT_BUDGET, check_budget, check_margin, chunks
 
 FCOS_SIZE_RANGES = ((-1, 64), (64, 128), (128, 256), (256, 512), (512, float("inf")))
 
 
 class SSCAssigner:
-    """Spatial and scale constraint: inside the box, on the level of its size (FCOS, Sec. 3.2).
+    """Spatial and scale constraint: inside the box, on the level of its size (FCOS; Sec. 3.3).
 
     An anchor's centre with distances l, t, r, b to the sides of an object is positive if it lies
     inside and max(l, t, r, b) is in the range of its level, both ends included. Of several such
@@ -58,7 +58,7 @@ class SSCAssigner:
                 center_sampling_radius, 0, key="model.assigner.center_sampling_radius", ends="(]",
             )  # fmt: skip
         self.center_sampling_radius = center_sampling_radius
-        self.center_margin = center_margin
+        self.center_margin = check_margin("SSCAssigner", center_margin)
         self.strides = tuple(float(stride) for stride in strides)
         self.budget = check_budget("SSCAssigner", budget)
 
@@ -108,10 +108,9 @@ class SSCAssigner:
             order = box_areas(image_boxes).sort(stable=True).indices  # (M,)
             image_boxes = image_boxes[order]
             # One float matrix, one of int32, and a few of bool.
-            for first, last in chunks(len(centers), 3 * len(image_boxes), self.budget):
+            ranges = chunks(len(centers), 3 * len(image_boxes), self.budget)
+            for first, last in ranges if len(image_boxes) else ():
                 part = slice(first, last)
-                if len(image_boxes) == 0:
-                    break
                 wants = self._wants(
                     image_boxes,
                     centers[part],

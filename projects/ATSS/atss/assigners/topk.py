@@ -14,7 +14,7 @@ from ..anchors import Anchors, concatenate_anchors
 from ..checks import check_integer
 from ..geometry import box_centers, center_distances, centers_inside, elementwise_iou
 from .assignment import Assignment, concatenate_boxes, resolve_claims, sortable
-from .pairwise import DEFAULT_BUDGET, check_budget, chunks, pairwise_ious
+from .pairwise import DEFAULT_BUDGET, check_budget, check_margin, chunks, pairwise_ious
 
 # Weight of the distance against IoU: only to order anchors of the same IoU, in particular those of
 # small objects that overlap none.
@@ -40,7 +40,7 @@ class TopKAssigner:
 
     def __init__(self, topk: int = 9, center_margin: float = 0.01, budget: int = DEFAULT_BUDGET):
         self.topk = check_integer("TopKAssigner", "topk", topk, 1, "model.assigner.topk")
-        self.center_margin = center_margin
+        self.center_margin = check_margin("TopKAssigner", center_margin)
         self.budget = check_budget("TopKAssigner", budget)
 
     def __call__(self, anchors: Anchors, gt_boxes: Sequence[Boxes]) -> Assignment:

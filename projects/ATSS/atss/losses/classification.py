@@ -2,7 +2,8 @@
 
 Nearly all of the N*R*K logits have the target 0. Pass 1 sums the loss of all logits as negatives,
 with its gradient, in cache-sized blocks. Pass 2 corrects the few positives. There is no one-hot
-tensor and no permuted copy of the logits; the gradient is the only buffer of their size.
+tensor and no permuted copy of the logits: one buffer of their size in the forward, the gradient,
+and its scaled copy in the backward.
 """
 
 from typing import Iterator, List, Optional, Sequence, Tuple
@@ -107,7 +108,7 @@ class ClassLoss:
 
     def _correction(self, values: Tensor, targets: Tensor, is_positive: Tensor) -> Tensor:
         """What the sum of all logits as background gains where samples are positive."""
-        background = self.background_weight * values.sigmoid().pow(self.gamma)
+        background = self.background_weight * _power(values.sigmoid(), self.gamma)
         change = self.positive_term(values, targets) - background * F.softplus(values)
         return torch.where(is_positive, change, 0.0).sum()
 

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from detectron2.utils import comm
 
 from ..anchors import AnchorGrid
+from ..assigners import Assignment
 from ..box_regression import Box2BoxTransform, PointToBoxTransform
 from ..checks import check_choice, check_integer, check_range
 from ..geometry import elementwise_iou
@@ -23,9 +24,9 @@ class DenseLoss:
     """Loss of a dense detector on one batch (Sec. 3.1; weights of the authors' release).
 
     A class loss over all anchors, a box loss over positives, and binary cross-entropy for the
-    quality that the head predicts of them. Everything is float32, and read at the samples only: no
-    size depends on values, so a training step never waits for the GPU. `class_targets` and
-    `box_weights` of an assignment win over what this loss would take.
+    quality that the head predicts of them. Everything is float32; boxes and quality are read at the
+    samples only. No size depends on values, so a training step never waits for the GPU.
+    `class_targets` and `box_weights` of an assignment win over what this loss would take.
 
     Args:
         box2box_transform: axis 2, what the deltas mean.
@@ -102,12 +103,19 @@ class DenseLoss:
             ValueError: for maps whose channels are not those that anchors and classes ask for, or
                 a quality branch that nothing would train.
         """
-        predictions.check(self.num_classes)
+        predictions.check(self.num_classes, anchors)
         has_quality = predictions.quality is not None
         if has_quality and self.quality is None:
-            raise ValueError("DenseLoss has quality=None, but the head has a quality branch.")
+            raise ValueError(
+                "DenseLoss has quality=None, but the head has a quality branch, which nothing "
+                "would train. Set model.loss.quality (MODEL.ATSS.LOSS.QUALITY) to 'centerness' or "
+                "'iou', or take a head without."
+            )
         assignment = targets.assignment
         is_positive = assignment.is_positive  # (S,)
+        if assignment.is_ignored is not None:
+            ignored = assignment.is_ignored[assignment.image_idxs, assignment.anchor_idxs]
+            is_positive = is_positive & ~ignored
         places = Places.of(anchors, assignment.image_idxs, assignment.anchor_idxs)
         anchor_boxes = anchors.boxes_of(places.locations)  # (S, 4)
         # Boxes of other samples must not reach log or division: their gradient could be NaN in
@@ -116,7 +124,9 @@ class DenseLoss:
         deltas = read_maps(predictions.deltas, places, predictions.num_anchors).float()  # (S, 4)
         boxes = self.box2box_transform.apply_deltas(deltas, anchor_boxes)
 
-        ious = elementwise_iou(boxes.detach(), gt_boxes) if self._uses_ious() else None
+        ious = None
+        if self._uses_ious(assignment):
+            ious = elementwise_iou(boxes.detach(), gt_boxes)
         quality = None  # (S,)
         if has_quality:
             is_iou = self.quality == "iou"
@@ -128,15 +138,19 @@ class DenseLoss:
         box_weights = assignment.box_weights
         if box_weights is None:
             box_weights = self._box_weights(predictions, places, quality, ious)
-        box_weights = is_positive if box_weights is None else box_weights * is_positive
+        # Both are undefined where a sample is not positive, NaN included.
+        class_targets = torch.where(is_positive, class_targets, 0.0)
+        if box_weights is not None:
+            box_weights = torch.where(is_positive, box_weights, 0.0)
 
-        sums = (is_positive, box_weights, class_targets * is_positive)
+        weights = is_positive if box_weights is None else box_weights
+        sums = (is_positive, weights, class_targets)
         num_positives, weight_sum, target_sum = reduce_mean(
             torch.stack([values.sum().float() for values in sums])
         ).unbind()
         num_positives = num_positives.clamp(min=1)
         least = torch.finfo(torch.float32).eps
-        weight_sum = num_positives if box_weights is is_positive else weight_sum.clamp(min=least)
+        weight_sum = num_positives if box_weights is None else weight_sum.clamp(min=least)
         class_sum = target_sum.clamp(min=1) if self.class_normalizer == "targets" else num_positives
 
         class_loss = self.classification(
@@ -156,7 +170,7 @@ class DenseLoss:
             )
         losses = {
             "loss_cls": class_loss / class_sum,
-            "loss_box_reg": (box_losses * box_weights).sum() / weight_sum * self.box_loss_weight,
+            "loss_box_reg": (box_losses * weights).sum() / weight_sum * self.box_loss_weight,
         }
         if has_quality:
             logits = read_maps(predictions.quality, places, predictions.num_anchors)
@@ -165,8 +179,9 @@ class DenseLoss:
             losses[f"loss_{self.quality}"] = (bce * is_positive).sum() / num_positives
         return losses
 
-    def _uses_ious(self) -> bool:
-        return self.classification.uses_ious or "iou" in (self.quality, self.box_weighting)
+    def _uses_ious(self, assignment: Assignment) -> bool:
+        is_soft = self.classification.uses_ious and assignment.class_targets is None
+        return is_soft or "iou" in (self.quality, self.box_weighting)
 
     def _box_weights(
         self,
@@ -178,7 +193,11 @@ class DenseLoss:
         """Weights of the box losses, (S,) without gradient, or None for 1."""
         if self.box_weighting == "score":
             logits = [level.detach() for level in predictions.logits]
-            logits = read_maps(logits, places, predictions.num_anchors)  # (S, K)
+            if len(places.image_idxs) >= sum(level[:, 0].numel() for level in logits):
+                # So many samples: the best of all locations takes less memory than all classes.
+                shape = (predictions.num_anchors, self.num_classes)
+                logits = [level.unflatten(1, shape).amax(dim=2) for level in logits]
+            logits = read_maps(logits, places, predictions.num_anchors)  # (S, K) or (S, 1)
             return logits.amax(dim=1).float().sigmoid()
         return {"quality": quality, "iou": ious, None: None}[self.box_weighting]
 

@@ -20,7 +20,7 @@ class DetectionSelector:
         score_thresh: least class score of a detection, before quality, exclusive.
         topk_candidates: how many candidates a level hands to NMS.
         nms_thresh: IoU above which the box of lower score is removed, of two of a class.
-        detections_per_image: most detections of an image; negative for no limit.
+        detections_per_image: most detections of an image; -1 for no limit.
         sqrt_score: score is sqrt(class * quality), the authors' formula, instead of the plain
             product; ranks the same.
 

@@ -68,7 +68,7 @@ def select_candidates(
     images = [level.images[rows] for level, rows in zip(found, points)]
 
     # Which candidates are among the best of their level and image. One transfer brings all counts
-    # to the host (the only wait here); a level with at most `topk` candidates skips the sort.
+    # to the host; a level with at most `topk` candidates skips the sort.
     counts = torch.stack([i.bincount(minlength=num_images) for i in images]).tolist()  # (L, N)
     kept: List[List[Tensor]] = [[] for _ in range(num_images)]
     first = 0
@@ -173,7 +173,7 @@ def suppress(candidates: Detections, nms_thresh: float = 0.6, max_detections: in
     Args:
         candidates: of one image, all levels joined, in any order.
         nms_thresh: IoU above which the box of lower score is removed.
-        max_detections: how many to keep; negative keeps all.
+        max_detections: how many to keep; -1 keeps all.
 
     Returns:
         (D',) int64 indices of the boxes kept, by falling score.
