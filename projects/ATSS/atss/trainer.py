@@ -9,14 +9,14 @@ import torch
 from torch import nn
 
 from detectron2.config import CfgNode
-from detectron2.data import build_detection_train_loader
+from detectron2.data import build_detection_test_loader, build_detection_train_loader
 from detectron2.engine import DefaultTrainer, TrainerBase
 from detectron2.evaluation import COCOEvaluator
 from detectron2.solver.build import maybe_add_gradient_clipping
 from detectron2.utils import comm
 
 from .checkpoint import ATSSCheckpointer, load_or_resume
-from .data import load_dataset_dicts
+from .data import NamingMapper, load_dataset_dicts
 from .optimizer import get_optimizer_params
 from .training.configs import get_setting
 from .training.runs import (
@@ -101,7 +101,13 @@ class Trainer(DefaultTrainer):
             get_setting(cfg, "num_classes"),
             cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
         )
-        return build_detection_train_loader(cfg, dataset=dataset)
+        return build_detection_train_loader(cfg, dataset=dataset, mapper=NamingMapper(cfg, True))
+
+    @classmethod
+    def build_test_loader(cls, cfg: CfgNode, dataset_name: str):
+        """Detectron2's loader; a file that cannot be read is named."""
+        mapper = NamingMapper(cfg, False)
+        return build_detection_test_loader(cfg, dataset_name, mapper=mapper)
 
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> COCOEvaluator:

@@ -11,9 +11,11 @@ A training tool needs a few lines, for any data::
 
 from .coco_json import CocoSummary, check_coco_json
 from .dataset_dicts import check_dataset_dicts, load_dataset_dicts
+from .mapper import NamingMapper, coco_evaluator
 from .registration import (
     Datasets,
     add_dataset_arguments,
+    defer_toy_shapes,
     register_coco_json,
     register_from_arguments,
     register_toy_shapes,
@@ -23,10 +25,13 @@ from .toy_shapes import ToyShapesOptions
 __all__ = [
     "CocoSummary",
     "Datasets",
+    "NamingMapper",
     "ToyShapesOptions",
     "add_dataset_arguments",
     "check_coco_json",
     "check_dataset_dicts",
+    "coco_evaluator",
+    "defer_toy_shapes",
     "load_dataset_dicts",
     "register_coco_json",
     "register_from_arguments",
