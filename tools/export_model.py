@@ -17,6 +17,7 @@ import warnings
 from pathlib import Path
 from typing import List, Optional, Tuple
 
+import _quiet  # noqa: F401
 import cv2
 import torch
 from atss.checkpoint import ATSSCheckpointer, load_or_resume

@@ -7,17 +7,16 @@
         MODEL.WEIGHTS output/atss_R_50_FPN_1x/model_final.pth
 """
 
+import _quiet  # noqa: F401
 from atss.trainer import Trainer
-from atss.training import choose_data, load_yaml_config, run, training_parser
-
-from detectron2.engine import default_setup
+from atss.training import choose_data, load_yaml_config, run, set_up_run, training_parser
 
 
 def main(args):
     cfg = load_yaml_config(args.config_file, args.opts)
     choose_data(cfg, args)
     cfg.freeze()
-    default_setup(cfg, args)
+    set_up_run(cfg, args)
     if args.eval_only:
         return Trainer.evaluate_checkpoint(cfg, args.resume)
     trainer = Trainer(cfg)

@@ -40,8 +40,10 @@ SMALL = ToyShapesOptions(image_size=96, max_size=60, num_train=8, num_val=4)
 
 @pytest.fixture(autouse=True)
 def catalogs():
-    """Leave Detectron2's global catalogs as they were."""
+    """Leave Detectron2's global catalogs as they were; start without sets of other tests."""
     before = [(catalog, dict(catalog.data)) for catalog in (DatasetCatalog, MetadataCatalog)]
+    for catalog, entries in before:
+        catalog.data = {name: e for name, e in entries.items() if not name.startswith("own_")}
     yield
     for catalog, entries in before:
         catalog.data = entries

@@ -43,7 +43,9 @@ dataloader.test = L(build_detection_test_loader)(
 )
 
 dataloader.evaluator = L(coco_evaluator)(
-    dataset_names="${..test.dataset.names}", tasks=["bbox"], output_dir="${train.output_dir}/inference"
+    dataset_names="${..test.dataset.names}",
+    tasks=["bbox"],
+    output_dir="${train.output_dir}/inference",
 )
 
 # Both ends belong to the range: with sample_style="range" the size is drawn from 640..800.

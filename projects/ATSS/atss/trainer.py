@@ -24,6 +24,7 @@ from .training.runs import (
     build_step_trainer,
     evaluate_checkpoint,
     evaluate_with_tta,
+    say_if_finished,
 )
 
 _OPTIMIZERS = ("SGD", "AdamW")
@@ -141,6 +142,7 @@ class Trainer(DefaultTrainer):
         if resume:
             # A checkpoint holds the iteration that was just finished.
             self.start_iter = self.iter + 1
+            say_if_finished(self.cfg, self.start_iter)
 
     def state_dict(self) -> Dict[str, Any]:
         state = TrainerBase.state_dict(self)

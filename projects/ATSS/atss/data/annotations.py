@@ -6,7 +6,7 @@ import numbers
 import os
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Dict, List, Optional, Sequence, Union
+from typing import Any, Dict, Optional, Sequence, Union
 
 from PIL import Image
 
@@ -48,7 +48,10 @@ def _header_problem(image: Dict[str, Any]) -> Optional[str]:
     try:
         with Image.open(file) as opened:
             size, mode = opened.size, opened.mode
-            is_rotated = opened.getexif().get(_EXIF_ORIENTATION, 1) >= 5  # by a quarter turn
+            # Of a PNG without the data in its header, Pillow would decode the whole image.
+            has_exif = opened.format != "PNG" or "exif" in opened.info
+            orientation = opened.getexif().get(_EXIF_ORIENTATION, 1) if has_exif else 1
+            is_rotated = orientation >= 5  # by a quarter turn
     except (OSError, SyntaxError) as error:
         return f"{file} cannot be read ({error}): replace it, or remove it from the annotations"
     if mode[:1] in ("I", "F"):
@@ -58,7 +61,7 @@ def _header_problem(image: Dict[str, Any]) -> Optional[str]:
         return None
     if is_rotated and wanted == size:
         return (
-            f"{file} has a rotation in its EXIF data, which Detectron2 applies, and the annotations "
+            f"{file} has a rotation in its EXIF data, which Detectron2 applies; the annotations "
             f"give the size before it, {wanted[0]}x{wanted[1]}: remove the EXIF orientation from "
             "the file if the boxes were drawn without it, else swap width and height"
         )

@@ -42,7 +42,8 @@ def check_coco_json(
     Raises:
         FileNotFoundError: the file, the image folder or an image is missing.
         ValueError: the file is not JSON; a list or key is missing; an image is not as
-            `check_image_files` wants it; ids are not unique or refer to nothing; a box is not four numbers, not finite, or has x2 < x1 or y2 < y1.
+            `check_image_files` wants it; ids are not unique or refer to nothing; a box is not four
+            numbers, not finite, or has x2 < x1 or y2 < y1.
     """
     data = _read_json(json_file)
     classes = _read_records(data, "categories", "category", ["name"], json_file)
@@ -132,9 +133,7 @@ def _check_keys(
             raise ValueError(f"In {json_file}, {kind} {name}{of_image} needs {names}{use}.")
 
 
-def _flaw(
-    annotation: Record, images: Dict[Any, Record], class_ids: Set[int]
-) -> Optional[str]:
+def _flaw(annotation: Record, images: Dict[Any, Record], class_ids: Set[int]) -> Optional[str]:
     """What `box_flaw` says; a ValueError says what is wrong with the annotation."""
     image, box = images.get(annotation["image_id"]), annotation["bbox"]
     if image is None:

@@ -83,7 +83,7 @@ def _render_and_load(name: str) -> List[Dict[str, Any]]:
 
 
 def _is_deferred(name: str) -> bool:
-    loader = DatasetCatalog[name] if name in DatasetCatalog else None
+    loader = DatasetCatalog.data.get(name)  # `get` would load the set
     return isinstance(loader, partial) and loader.func is _render_and_load
 
 
@@ -172,7 +172,7 @@ def _register(
 
 
 def _load(files: Dict[str, str], ids: Dict[int, int]) -> List[Dict[str, Any]]:
-    """Detectron2's dicts. Given a name it would set class names itself, which must be text there."""
+    """Detectron2's dicts. Given a name, its reader would set class names that may be numbers."""
     dataset_dicts = load_coco_json(**files)
     for image in dataset_dicts:
         for annotation in image["annotations"]:

@@ -1,21 +1,26 @@
 """Training runs: command line, processes, configs of both kinds, one step, whole runs."""
 
-from .command_line import run, training_parser
+from .command_line import add_import_argument, import_modules, run, training_parser
 from .configs import choose_data, load_lazy_config, load_yaml_config, update_lazy_config
 from .loop import autocast_dtype, create_ddp_model, make_grad_scaler
-from .runs import build_model, evaluate_checkpoint, evaluate_lazy, train_lazy
+from .runs import build_model, evaluate_checkpoint, evaluate_lazy, say_if_finished, train_lazy
+from .setup import set_up_run
 
 __all__ = [
+    "add_import_argument",
     "autocast_dtype",
     "build_model",
     "choose_data",
     "create_ddp_model",
     "evaluate_checkpoint",
     "evaluate_lazy",
+    "import_modules",
     "load_lazy_config",
     "load_yaml_config",
     "make_grad_scaler",
     "run",
+    "say_if_finished",
+    "set_up_run",
     "train_lazy",
     "training_parser",
     "update_lazy_config",
