@@ -32,7 +32,12 @@ from atss.export.metadata import class_names_of, describe, resize_rule, write_me
 from atss.export.operators import MissingOperatorError
 from atss.export.samples import spread_scores
 from atss.model_zoo import config_file, get_checkpoint_url
-from atss.training import load_lazy_config, load_yaml_config
+from atss.training import (
+    add_import_argument,
+    import_modules,
+    load_lazy_config,
+    load_yaml_config,
+)
 from torch import nn
 
 from detectron2.config import instantiate
@@ -93,6 +98,7 @@ def parse_arguments(argv: Optional[List[str]] = None) -> argparse.Namespace:
     parser.add_argument(
         "--check-image", metavar="FILE", help="image to compare on; synthetic ones by default"
     )
+    add_import_argument(parser)
     parser.add_argument(
         "opts",
         nargs=argparse.REMAINDER,
@@ -108,6 +114,7 @@ def export(args: argparse.Namespace) -> bool:
         USER_ERRORS: where that is impossible; the output is then left as it was.
     """
     check_arguments(args)
+    import_modules(args.modules)
     image = None if args.check_image is None else read_image(args.check_image)
     cfg, model = build(args)
     size = tuple(args.size)

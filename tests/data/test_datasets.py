@@ -543,6 +543,18 @@ def test_evaluator_asks_for_one_set():
             coco_evaluator(names, ["bbox"])
 
 
+def test_set_without_a_coco_file_is_evaluated_with_one_in_the_output_folder(own):
+    folder, data = own
+    entry = {**record([0, 0, 9, 9]), "file_name": str(folder / "images" / "a.jpg")}
+    DatasetCatalog.register("made_in_python", lambda: [entry])
+    MetadataCatalog.get("made_in_python").set(thing_classes=["cat"])
+    cfg = get_config("toy/atss_toy")
+    cfg.dataloader.test.dataset.names = ["made_in_python"]
+    cfg.train.output_dir = str(folder / "out")
+    instantiate(cfg.dataloader.evaluator)
+    assert list((folder / "out" / "inference").glob("made_in_python*.json"))
+
+
 def test_missing_files_of_a_registered_set_are_named_before_training(tmp_path):
     register_coco_instances("far", {}, str(tmp_path / "far.json"), str(tmp_path))
     with pytest.raises(FileNotFoundError, match=r"far needs .*far.json.*DETECTRON2_DATASETS"):

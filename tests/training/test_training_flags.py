@@ -3,6 +3,7 @@
 import argparse
 import importlib
 import logging
+import sys
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from atss.training import (
     choose_data,
     configs,
     evaluate_checkpoint,
+    import_modules,
     launch,
     load_lazy_config,
     load_yaml_config,
@@ -217,6 +219,18 @@ def test_schedule_that_cannot_be_is_named_with_its_key(lazy, yaml, processes, me
     ):
         with pytest.raises(ValueError, match=message.format(key)):
             configs.check_schedule(cfg, processes)
+
+
+def test_module_to_import_may_lie_in_the_current_folder_and_is_named_where_it_is_not(
+    tmp_path, monkeypatch, capsys
+):
+    (tmp_path / "parts_of_mine.py").write_text("print('imported')")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.path", [*sys.path])
+    import_modules(["parts_of_mine"])
+    assert capsys.readouterr().out == "imported\n"
+    with pytest.raises(ValueError, match="--import no_such_module: No module named"):
+        import_modules(["no_such_module"])
 
 
 def test_output_folder_that_cannot_be_made_is_named(tmp_path):

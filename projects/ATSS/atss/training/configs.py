@@ -126,12 +126,10 @@ def check_schedule(cfg: Config, num_processes: int) -> None:
     Raises:
         ValueError: naming the key of the config.
     """
-    size, key = get_setting(cfg, "batch_size"), key_of(cfg, "batch_size")
+    key = key_of(cfg, "max_iter")
+    check_integer("A training", "number of iterations", get_setting(cfg, "max_iter"), 1, key)
+    size, key = get_setting(cfg, "batch_size", num_processes), key_of(cfg, "batch_size")
     check_integer("A training", "number of images in a batch", size, 1, key)
-    max_iter_key = key_of(cfg, "max_iter")
-    check_integer(
-        "A training", "number of iterations", get_setting(cfg, "max_iter"), 1, max_iter_key
-    )
     if size % num_processes:
         raise ValueError(
             f"A batch of {size} images cannot be shared by {num_processes} processes: give each as "

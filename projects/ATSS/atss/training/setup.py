@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 # Loggers whose information belongs on the screen; warnings of all others do, too.
 _ON_SCREEN = ("atss", "detectron2.utils.events", "detectron2.evaluation", "detectron2.engine.train")
 _RESULTS = ("metrics.json", "last_checkpoint")
-_MAX_LINES = 30  # of a message on the screen
+_MAX_LINES = 40  # of a message on the screen; a table of 80 classes has 31
 _COLORS = re.compile(r"\x1b\[[0-9;]*m")
 
 
@@ -48,7 +48,7 @@ def set_up_run(cfg: Config, args: argparse.Namespace) -> None:
         check_schedule(cfg, comm.get_world_size())
     folder, key = get_setting(cfg, "output_dir"), key_of(cfg, "output_dir")
     try:
-        PathManager.mkdirs(folder)
+        PathManager.mkdirs(folder or ".")
     except OSError as error:
         raise ValueError(
             f"The output folder {folder!r} cannot be made ({error.strerror}). Change {key}."
@@ -68,7 +68,9 @@ def set_up_run(cfg: Config, args: argparse.Namespace) -> None:
 
 
 def _first_screen(cfg: Config, args: argparse.Namespace, is_training: bool) -> str:
-    train, val = ", ".join(get_setting(cfg, "train_sets")), ", ".join(get_setting(cfg, "val_sets"))
+    names = (get_setting(cfg, f"{split}_sets") for split in ("train", "val"))
+    train, val = (name if isinstance(name, str) else ", ".join(name) for name in names)
+    batch_size = get_setting(cfg, "batch_size", "some")
     lines = {
         "config": getattr(args, "config_file", ""),
         "data": f"train on {train}, evaluate on {val or 'nothing'}" if is_training else val,
@@ -80,9 +82,9 @@ def _first_screen(cfg: Config, args: argparse.Namespace, is_training: bool) -> s
         lines["weights"] = "of the last checkpoint"
     if is_training:
         max_iter = get_setting(cfg, "max_iter")
+        eval_period = min(get_setting(cfg, "eval_period") or max_iter, max_iter)
         lines["schedule"] = (
-            f"{max_iter} iterations of {get_setting(cfg, 'batch_size')} images, evaluated every "
-            f"{get_setting(cfg, 'eval_period') or max_iter}"
+            f"{max_iter} iterations of {batch_size} images, evaluated every {eval_period}"
         )
     lines["output"] = f"{get_setting(cfg, 'output_dir')}, with all details in log.txt"
     return "This run:" + "".join(f"\n  {key:<9}{value}" for key, value in lines.items() if value)
