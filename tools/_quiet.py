@@ -2,5 +2,6 @@
 
 import warnings
 
-warnings.filterwarnings("ignore", category=FutureWarning, module=r"(torch|detectron2|fvcore)\.")
+_MODULES = r"(atss|detectron2|fvcore|torch)\."  # atss: for arguments that torch 2.0 needs
+warnings.filterwarnings("ignore", category=FutureWarning, module=_MODULES)
 warnings.filterwarnings("ignore", "Creating a tensor from a list of numpy", UserWarning)

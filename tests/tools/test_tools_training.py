@@ -161,7 +161,8 @@ def test_two_processes_equal_one_with_the_same_global_batch(data, tmp_path):
         initial = [f"train.init_checkpoint={tmp_path / 'initial.pth'}"]
         if processes == 1:
             make_initial_weights(tmp_path / "initial.pth")
-        run_tool(tool, [*arguments, *seeded, *initial], tmp_path)
+        text = run_tool(tool, [*arguments, *seeded, *initial], tmp_path, warnings="default")
+        assert "FutureWarning" not in text
         results.append(weights(output / "model_final.pth"))
     start = weights(tmp_path / "initial.pth")
     moved = 0
