@@ -1,7 +1,7 @@
-# make demo: train ATSS on the embedded shapes and look at what it learned.
-# make test: run the tests. Both set the environment up first, once.
+# make demo: train ATSS on the embedded shapes and show its detections.
+# make test: run the tests. Both first set up the environment, once.
 #
-#   make test VENV=/somewhere/else      another place for the environment
+#   make test VENV=/somewhere/else      environment in another folder
 #   make demo DEMO_FLAGS=--quick        options of tools/demo.py
 
 VENV ?= .venv
@@ -20,23 +20,23 @@ help:
 
 setup: $(STAMP)
 
-# The stamp comes last: a set-up that was interrupted starts over, and pip skips what is there.
+# The stamp is written last: an interrupted set-up starts over, and pip skips what is installed.
 $(STAMP): setup.py tools/install_detectron2.py tools/_install/patches.py
 	@$(PYTHON) -c 'import sys; v = sys.version_info; \
 	    sys.exit(0 if v >= (3, 9) else \
 	    "Python >= 3.9 is needed, %s is %d.%d: make PYTHON=..." % (sys.executable, v[0], v[1]))'
-	@# Asking for pip, not for Python: an interrupted venv has the one and not yet the other.
+	@# pip, not Python, is looked for: an interrupted venv may have Python and no pip yet.
 	$(PY) -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --quiet --upgrade pip "setuptools<81" wheel
 	$(PY) -m pip install torch torchvision
 	$(PY) -m pip install --no-build-isolation -e ".[dev]"
 	@if ! $(PY) -c "import cv2" 2>/dev/null; then \
-	    echo "opencv-python does not import here (libGL is missing): taking opencv-python-headless."; \
+	    echo "opencv-python does not import here (libGL is missing): installing opencv-python-headless."; \
 	    $(PY) -m pip uninstall --quiet --yes opencv-python && \
 	    $(PY) -m pip install --quiet --force-reinstall --no-deps opencv-python-headless && \
 	    $(PY) -c "import cv2"; \
 	fi
-	@# After cv2, which Detectron2 imports; ninja builds its operators in parallel.
+	@# After cv2, because Detectron2 imports it. ninja builds Detectron2's operators in parallel.
 	$(PY) -m pip install --quiet ninja
 	$(PY) tools/install_detectron2.py
 	$(PY) -c "import atss"
@@ -45,7 +45,7 @@ $(STAMP): setup.py tools/install_detectron2.py tools/_install/patches.py
 demo: setup
 	$(PY) tools/demo.py $(DEMO_FLAGS)
 
-# Two processes, each with one thread: tests are many and small.
+# Two processes with one thread each: there are many small tests.
 test: setup
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --cov=atss --cov-report=term $(TEST_FLAGS)
 

@@ -1,4 +1,4 @@
-"""Package `atss`, with its configs. Detectron2 itself is installed before: see README.md."""
+"""Package `atss` with its configs. Detectron2 is installed separately: see README.md."""
 
 import re
 import shutil
@@ -14,14 +14,14 @@ VERSION = re.search(r'^__version__ = "(.+)"$', INIT, re.MULTILINE).group(1)
 
 
 class BuildWithConfigs(build_py):
-    """Copies configs/ into the package, where `atss.model_zoo` looks for them in a wheel."""
+    """Copies configs/ into the package: in a wheel, `atss.model_zoo` reads them there."""
 
     def run(self):
         super().run()
         if getattr(self, "editable_mode", False):
-            return  # a checkout has them at its top
+            return  # in a checkout they are at the top
         copy = Path(self.build_lib, "atss", "configs")
-        shutil.rmtree(copy, ignore_errors=True)  # what an earlier build left may be gone here
+        shutil.rmtree(copy, ignore_errors=True)  # an earlier build may have left removed files
         for source in sorted((ROOT / "configs").rglob("*")):
             if source.suffix in (".py", ".yaml"):
                 target = copy / source.relative_to(ROOT / "configs")
@@ -50,7 +50,7 @@ setup(
         "numpy",
         "opencv-python",
         "matplotlib",
-        "omegaconf>=2.1,<2.4",  # as Detectron2 bounds it
+        "omegaconf>=2.1,<2.4",  # Detectron2's bounds
         "hydra-core>=1.1",
     ],
     extras_require={

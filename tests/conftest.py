@@ -136,7 +136,7 @@ def tiny_detector(**changes):
         ),
         assigner=ATSSAssigner(),
         box2box_transform=transform,
-        loss=DenseLoss(transform, num_classes, **loss),
+        loss=DenseLoss(**{"box2box_transform": transform, "num_classes": num_classes, **loss}),
         num_classes=num_classes,
         pixel_mean=[127.0] * 3,
         pixel_std=[60.0] * 3,

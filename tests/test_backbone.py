@@ -106,6 +106,16 @@ def test_depth_and_stages_that_do_not_fit_are_refused(options, message):
         resnet_fpn(**options, **THIN)
 
 
+@pytest.mark.parametrize("num_top_levels, names", [(1, "p2 p3 p4 p5 p6"), (0, "p2 p3 p4 p5")])
+def test_levels_above_p5_are_made_as_asked_and_all_of_them_learn(num_top_levels, names):
+    stages = ["res2", "res3", "res4", "res5"]
+    backbone = resnet_fpn(18, **THIN, in_features=stages, num_top_levels=num_top_levels)
+    features = backbone(torch.rand(1, 3, 64, 64))
+    assert list(features) == list(backbone.output_shape()) == names.split()
+    sum(x.sum() for x in features.values()).backward()
+    assert all(parameter.grad is not None for parameter in backbone.parameters())
+
+
 def test_yaml_dcn_backbone_has_the_parameters_of_its_python_twin():
     name = "atss_dcnv2_R_50_FPN_1x"
     cfg = load_yaml_config(str(REPO / "configs" / "coco" / f"{name}.yaml"))

@@ -58,6 +58,15 @@ def test_box_codes_are_detectron2s():
     assert isinstance(Box2BoxTransform(WEIGHTS), Detectron2Transform)
 
 
+def test_codes_of_boxes_without_area_are_finite():
+    anchors = torch.tensor([[0.0, 0.0, 64.0, 64.0]]).expand(3, 4)
+    boxes = torch.tensor([[8.0, 8, 40, 8], [8, 8, 8, 40], [8, 8, 8, 8]])
+    transform = Box2BoxTransform(WEIGHTS)
+    deltas = transform.get_deltas(anchors, boxes)
+    assert deltas.isfinite().all()
+    torch.testing.assert_close(transform.apply_deltas(deltas, anchors), boxes, rtol=0, atol=1e-4)
+
+
 def test_negative_distances_count_as_zero():
     anchor = torch.tensor([[0.0, 0.0, 64.0, 64.0]])
     found = PointToBoxTransform().apply_deltas(torch.tensor([[-3.0, 1.0, 2.0, -1.0]]), anchor)

@@ -135,6 +135,35 @@ def test_yaml_and_python_twins_build_the_same_training(name):
         assert mine == augmentations(build_augmentation(yaml_cfg, is_train))
 
 
+ALL_PYTHON = sorted(
+    str(path.relative_to(REPO / "configs").with_suffix(""))
+    for path in (REPO / "configs").rglob("*.py")
+    if "common" not in path.parts
+)
+
+
+@pytest.mark.parametrize("name", ALL_PYTHON)
+def test_images_are_read_in_the_order_of_channels_that_the_model_takes(name):
+    file = str(REPO / "configs" / f"{name}.py")
+    data = load_lazy_config(file, ["model.input_format=RGB"]).dataloader
+    assert data.train.mapper.image_format == data.test.mapper.image_format == "RGB"
+
+
+@pytest.mark.parametrize("name", [name for name in ALL_PYTHON if "rcnn" in name])
+def test_data_need_outlines_where_the_model_has_a_mask_head(name):
+    cfg = model_zoo.get_config(name)
+    data = cfg.dataloader.train
+    assert data.dataset.get("with_masks", False) == ("mask_head" in cfg.model.roi_heads)
+    assert data.mapper.use_instance_mask == ("mask_head" in cfg.model.roi_heads)
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_data_in_another_order_of_channels_are_refused_at_the_start(split):
+    file = str(REPO / "configs" / "toy" / "atss_toy.py")
+    with pytest.raises(ValueError, match=f"{split}.mapper.image_format is 'RGB'.*input_format is"):
+        load_lazy_config(file, [f"dataloader.{split}.mapper.image_format=RGB"])
+
+
 def test_there_are_twins_to_compare():
     assert {"coco/atss_R_50_FPN_1x", "toy/atss_toy"} <= set(TWINS)
 
@@ -270,6 +299,7 @@ def test_every_part_can_be_overridden_in_a_line():
     [
         ("train.max_iters=3", "Unknown config key 'train.max_iters'; train has .*'max_iter'"),
         ("modell.head.norm=GN", "Unknown config key 'modell.head.norm'"),
+        ("model.asigner.topk=3", "Unknown config key 'model.asigner.topk'; model has .*'assigner'"),
         ("train.max_iter", "no '='"),
     ],
 )
@@ -277,6 +307,12 @@ def test_lazy_overrides_that_change_nothing_are_refused(override, words):
     cfg = model_zoo.get_config("toy/atss_toy")
     with pytest.raises(ValueError, match=words):
         update_lazy_config(cfg, [override])
+
+
+def test_part_that_the_detector_does_not_have_is_named_with_those_it_has():
+    cfg = load_lazy_config(model_zoo.config_file("toy/atss_toy"), ["model.asigner=3"])
+    with pytest.raises(ValueError, match="model.asigner is no part of .*'assigner'"):
+        instantiate(cfg.model)
 
 
 @pytest.mark.parametrize(

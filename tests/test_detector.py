@@ -6,11 +6,12 @@ import pytest
 import torch
 from atss import ATSS, ATSSDetector, add_atss_config
 from atss.anchors import GridAnchorGenerator, octave_sizes
-from atss.assigners import IoUAssigner
+from atss.assigners import ATSSAssigner, IoUAssigner, SimOTAAssigner
+from atss.backbone import resnet_fpn
 from atss.box_regression import Box2BoxTransform, PointToBoxTransform
 from atss.losses import DenseLoss
 from atss.targets import centerness_targets, label_anchors
-from conftest import STRIDES, boxes_of, labels_of, make_input, tiny_detector
+from conftest import STRIDES, boxes_of, labels_of, make_input, make_instances, tiny_detector
 
 from detectron2.config import get_cfg
 from detectron2.modeling import build_model
@@ -122,6 +123,22 @@ def test_two_images_overfit_in_fifty_steps():
     assert sum(totals[-5:]) < 0.6 * sum(totals[:5])
 
 
+@pytest.mark.parametrize("assigner", [ATSSAssigner(), SimOTAAssigner()], ids=["atss", "simota"])
+@pytest.mark.parametrize("transform", [Box2BoxTransform(), PointToBoxTransform()])
+def test_box_offset_moves_the_truth_of_training_as_far_as_the_boxes_of_evaluation(
+    transform, assigner
+):
+    bias = 4.0 if isinstance(transform, PointToBoxTransform) else 0.0
+    model = tiny_detector(box2box_transform=transform, head=dict(bbox_bias=bias), assigner=assigner)
+    torch.nn.init.normal_(model.proposal_generator.head.bbox_pred.weight, std=0.05)
+    inputs, classes = make_input(), [0, 2]
+    expected = model([{**inputs, "instances": make_instances(BOXES, classes)}])
+    model.proposal_generator.box_offset = 0.5
+    found = model([{**inputs, "instances": make_instances(torch.tensor(BOXES) + 0.5, classes)}])
+    assert expected["loss_box_reg"] > 0
+    assert {k: v.item() for k, v in found.items()} == {k: v.item() for k, v in expected.items()}
+
+
 def test_training_under_bfloat16_autocast_stays_near_float32():
     model = tiny_detector()
     batch = [make_input(boxes=BOXES, classes=[0, 2])]
@@ -138,6 +155,7 @@ def test_training_under_bfloat16_autocast_stays_near_float32():
         ([[8.0, 8, float("nan"), 40]], [0], r"box 0 of image 7 is \[8.0, 8.0, nan, 40.0\]"),
         ([[8.0, 8, 40, 40], [40, 8, 8, 40]], [0, 0], "box 1 of image 7.*x1 <= x2"),
         ([[8.0, 8, 40, float("inf")]], [0], "finite"),
+        ([[8.0, 8, 1e30, 1e30]], [0], "within 1000000 px"),
         ([[8.0, 8, 40, 40]], [3], r"Object 0 of image 7 has class 3, .* 3 classes \(0 to 2\)"),
         ([[8.0, 8, 40, 40]], [-1], "class -1"),
     ],
@@ -146,6 +164,71 @@ def test_broken_ground_truth_is_named(boxes, classes, words):
     inputs = {**make_input(boxes=boxes, classes=classes), "image_id": 7}
     with pytest.raises(ValueError, match=words):
         tiny_detector()([inputs])
+
+
+@pytest.mark.parametrize(
+    "assigner", [ATSSAssigner(center_in_gt=False), ATSSAssigner(min_positives_per_gt=2)]
+)
+def test_smooth_l1_of_truth_without_area_is_finite(assigner):
+    model = tiny_detector(
+        assigner=assigner, loss=dict(box_loss="smooth_l1"), head=dict(centerness=False)
+    )
+    losses = model([make_input(boxes=[[8.0, 8, 40, 8], [50, 10, 50, 40]], classes=[0, 2])])
+    assert losses["loss_box_reg"].isfinite() and losses["loss_box_reg"] > 0
+    sum(losses.values()).backward()
+    assert gradients_are_finite(model)
+
+
+@pytest.mark.parametrize("assigner", [ATSSAssigner(), SimOTAAssigner()], ids=["atss", "simota"])
+def test_classes_of_any_integer_type_mean_the_same(assigner):
+    model, inputs = tiny_detector(assigner=assigner), make_input(boxes=BOXES, classes=[0, 2])
+    expected = model([inputs])
+    for dtype in (torch.int32, torch.uint8):
+        inputs["instances"].gt_classes = inputs["instances"].gt_classes.to(dtype)
+        assert model([inputs]) == expected
+
+
+@pytest.mark.parametrize("shape", [(1, 64, 96), (4, 64, 96), (64, 96)])
+def test_images_of_another_number_of_channels_are_refused(shape):
+    inputs = {**make_input(), "image": torch.rand(shape), "image_id": 7}
+    model = tiny_detector()
+    for mode in (True, False):
+        with pytest.raises(ValueError, match=r"Image 7 .*shape \(.*64, 96\), .* \(3, height.*BGR"):
+            model.train(mode)([inputs])
+
+
+P2_TO_P6 = dict(
+    in_features=["p2", "p3", "p4", "p5", "p6"],
+    anchor_generator=GridAnchorGenerator(
+        sizes=octave_sizes((4, 8, 16, 32, 64)), aspect_ratios=[1.0], strides=[4, 8, 16, 32, 64]
+    ),
+)
+
+
+@pytest.mark.parametrize("num_top_levels", [1, 2])
+def test_pyramid_from_p2_to_p6_trains_all_its_weights_or_is_refused(num_top_levels):
+    backbone = resnet_fpn(
+        18, "GN", 0, stem_out_channels=32, res2_out_channels=32, out_channels=64,
+        in_features=["res2", "res3", "res4", "res5"], num_top_levels=num_top_levels,
+    )  # fmt: skip
+    if num_top_levels == 2:
+        with pytest.raises(ValueError, match=r"leaves out \['p7'\].*num_top_levels"):
+            tiny_detector(backbone=backbone, **P2_TO_P6)
+        return
+    model = tiny_detector(backbone=backbone, **P2_TO_P6)
+    sum(model([make_input(boxes=BOXES, classes=[0, 2])]).values()).backward()
+    assert gradients_are_finite(model)
+
+
+def test_yaml_makes_the_levels_that_its_detector_looks_at():
+    cfg = tiny_yaml()
+    cfg.MODEL.RESNETS.OUT_FEATURES = cfg.MODEL.FPN.IN_FEATURES = ["res2", "res3", "res4", "res5"]
+    cfg.MODEL.ATSS.IN_FEATURES = ["p2", "p3", "p4", "p5", "p6"]
+    cfg.MODEL.ANCHOR_GENERATOR.SIZES = [[32], [64], [128], [256], [512]]
+    cfg.MODEL.RESNETS.NORM = "GN"
+    model = build_model(cfg)
+    sum(model([make_input(boxes=BOXES, classes=[0, 2])]).values()).backward()
+    assert gradients_are_finite(model)
 
 
 def test_training_without_ground_truth_is_named():
@@ -271,7 +354,7 @@ def test_yaml_values_that_mean_nothing_are_named(key, value, words):
 
 def test_loss_and_detector_may_share_a_transform_of_any_axis():
     for transform in (Box2BoxTransform((10.0, 10.0, 5.0, 5.0)), PointToBoxTransform()):
-        model = tiny_detector(box2box_transform=transform)
+        model = tiny_detector(box2box_transform=transform, head=dict(bbox_bias=4.0))
         assert isinstance(model.proposal_generator.loss, DenseLoss)
         losses = model([make_input(boxes=BOXES, classes=[0, 2])])
         assert losses["loss_box_reg"] > 0
@@ -281,3 +364,19 @@ def test_points_and_anchors_of_different_scale_are_refused():
     transform = PointToBoxTransform(anchor_scale=5.0)
     with pytest.raises(ValueError, match="anchor_scale is 5.*8 strides large.*ANCHOR_SCALE"):
         tiny_detector(box2box_transform=transform, head=dict(bbox_bias=4.0))
+
+
+@pytest.mark.parametrize("bias", [0.0, -1.0])
+def test_points_whose_distances_would_start_without_a_gradient_are_refused(bias):
+    with pytest.raises(ValueError, match=f"bbox_bias is {bias}.*HEAD.BBOX_BIAS. 4"):
+        tiny_detector(box2box_transform=PointToBoxTransform(), head=dict(bbox_bias=bias))
+
+
+@pytest.mark.parametrize("other", [Box2BoxTransform((1.0, 1.0, 1.0, 1.0)), PointToBoxTransform()])
+def test_loss_with_another_transform_than_the_detector_is_refused(other):
+    with pytest.raises(ValueError, match=r"The loss has a .*'\$\{..box2box_transform"):
+        tiny_detector(loss=dict(box2box_transform=other))
+
+
+def test_loss_with_an_equal_transform_is_taken():
+    tiny_detector(loss=dict(box2box_transform=Box2BoxTransform((10.0, 10.0, 5.0, 5.0))))

@@ -4,11 +4,14 @@ import warnings
 
 import pytest
 import torch
+from atss import device as device_module
 from atss.device import (
     CompiledWhereSupported,
     compile_dense_parts,
+    has_fast_bfloat16,
     host_constant,
     instances_to_device,
+    to_channels_last,
     to_device,
 )
 from conftest import make_input, tiny_detector
@@ -85,3 +88,31 @@ def test_compiled_parts_keep_their_names_and_losses(monkeypatch):
     for name, loss in losses.items():
         torch.testing.assert_close(loss, expected[name], atol=1e-5, rtol=1e-4)
     sum(losses.values()).backward()
+
+
+@pytest.mark.parametrize("capability, is_fast", [((7, 5), False), ((8, 0), True), ((9, 0), True)])
+def test_bfloat16_is_fast_on_gpus_that_compute_in_it(monkeypatch, capability, is_fast):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_: True)  # emulation counts there
+    assert has_fast_bfloat16(torch.device("cuda")) is is_fast
+
+
+@pytest.mark.parametrize(
+    "features, is_fast", [("avx2 amx_bf16", True), ("avx512_bf16", True), ("avx512f", False)]
+)
+def test_bfloat16_is_fast_on_cpus_with_instructions_for_it(monkeypatch, features, is_fast):
+    monkeypatch.setattr(device_module, "_cpu_features", lambda: set(features.split()))
+    assert has_fast_bfloat16(torch.device("cpu")) is is_fast
+
+
+@pytest.mark.parametrize("version", ["2.15.0+cpu", "2.20"])
+def test_convolution_that_crashes_with_channels_last_is_refused(monkeypatch, version):
+    model = nn.Sequential(nn.Conv2d(8, 16, 1, stride=2))
+    monkeypatch.setattr(device_module, "_cpu_features", lambda: {"amx_tile"})
+    monkeypatch.setattr(torch, "__version__", version)
+    with pytest.raises(ValueError, match="crashes on CPUs with AMX in 0, a 1x1.*channels_last"):
+        to_channels_last(model)
+    for harmless in (nn.Conv2d(16, 16, 1, stride=2), nn.Conv2d(8, 16, 1), nn.Conv2d(8, 16, 3, 2)):
+        assert to_channels_last(harmless).weight.is_contiguous(memory_format=torch.channels_last)
+    monkeypatch.setattr(torch, "__version__", "2.14.1")
+    to_channels_last(model)

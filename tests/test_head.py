@@ -98,3 +98,11 @@ def test_switches_remove_their_parameters():
 def test_impossible_heads_are_refused(changes, words):
     with pytest.raises(ValueError, match=words):
         ATSSHead(**{"in_channels": 64, "num_classes": 3, **changes})
+
+
+def test_group_norm_of_single_channels_on_a_level_of_one_location_is_refused():
+    head = ATSSHead(32, 1, num_levels=2, num_convs=1)
+    with pytest.raises(ValueError, match="32 channels have one value.*128 px.*out_channels"):
+        head([torch.rand(1, 32, 2, 2), torch.rand(1, 32, 1, 1)])
+    head([torch.rand(1, 32, 2, 4), torch.rand(1, 32, 1, 2)])
+    ATSSHead(64, 1, num_levels=1, num_convs=1)([torch.rand(1, 64, 1, 1)])

@@ -10,7 +10,7 @@ PACKAGE = Path(atss.__file__).parent
 REPO = PACKAGE.parents[2]
 # A file imports from rows above its own, or from its own folder.
 ROWS = (
-    ("checks", "config", "device", "geometry"),
+    ("checks", "config", "device", "geometry", "stored_settings"),
     ("anchors", "box_regression", "layers"),
     ("predictions",),
     ("losses.boxes", "losses.classification"),

@@ -271,3 +271,23 @@ def test_kernel_switch_refuses_unknown_names_and_a_missing_compiled_part():
         finally:
             set_deform_kernel("torchvision")
     assert layers._kernel == "torchvision"
+
+
+@pytest.mark.parametrize("modulated", [True, False])
+def test_kernels_of_detectron2_get_contiguous_tensors(monkeypatch, modulated):
+    seen = []
+
+    def kernel(*args):
+        seen.extend(x for x in args if isinstance(x, torch.Tensor) and x.dim() == 4)
+        return torch.zeros(2, 8, 5, 6)
+
+    name = "modulated_deform_conv" if modulated else "deform_conv"
+    monkeypatch.setattr(layers.d2_deform, name, kernel)
+    layer = DeformConv2d(4, 8, 3, padding=1).to(memory_format=torch.channels_last)
+    sizes = (4, 18, 9) if modulated else (4, 18)
+    tensors = [torch.rand(2, n, 5, 6).to(memory_format=torch.channels_last) for n in sizes]
+    mask = tensors[2] if modulated else None
+    layers._detectron2_deform_conv(layer, *tensors[:2], mask, layer.weight, layer.bias)
+    assert len(seen) == len(sizes) + 1 and all(x.is_contiguous() for x in seen)
+    for found, given in zip(seen, tensors):
+        assert torch.equal(found, given)

@@ -5,13 +5,15 @@ import torch
 from atss import ATSS, ATSSDetector
 from atss.model_zoo import get_config
 from atss.postprocessing import DetectionSelector
+from atss.trainer import Trainer
 from atss.training import load_yaml_config
 from conftest import REPO, make_input
 
 from detectron2.config import instantiate
+from detectron2.data import DatasetCatalog
 from detectron2.modeling import build_model
 from detectron2.modeling.meta_arch import ProposalNetwork
-from detectron2.structures import PolygonMasks
+from detectron2.structures import BoxMode, PolygonMasks
 from detectron2.utils.events import EventStorage
 
 RPN_LOSSES = {"loss_rpn_cls", "loss_rpn_box_reg", "loss_rpn_centerness"}
@@ -107,6 +109,26 @@ def test_inference_gives_detections_in_the_size_asked_for(kind):
         assert instances.pred_masks.shape[1:] == (128, 192)
 
 
+@pytest.mark.parametrize("source", ["lazy", "yaml"])
+def test_mask_head_on_data_without_outlines_is_refused_before_training(source):
+    box = {"bbox": [1, 2, 30, 40], "bbox_mode": BoxMode.XYXY_ABS, "category_id": 0}
+    DatasetCatalog.register("boxes only", lambda: [{"image_id": 3, "annotations": [box]}])
+    try:
+        with pytest.raises(
+            ValueError, match="annotation 0 .* image 3 has no segmentation.*MASK_ON"
+        ):
+            if source == "yaml":
+                cfg = yaml_config("mask")
+                cfg.DATASETS.TRAIN = ("boxes only",)
+                Trainer.build_train_loader(cfg)
+            else:
+                data = get_config("toy/mask_rcnn_atss_toy")
+                data.dataloader.train.dataset.names = ["boxes only"]
+                instantiate(data.dataloader.train.dataset)
+    finally:
+        DatasetCatalog.remove("boxes only")
+
+
 def test_losses_of_the_first_stage_are_those_of_a_one_class_detector():
     model = make_model("faster", "lazy").train()
     core = model.proposal_generator
@@ -127,6 +149,26 @@ def test_losses_of_the_first_stage_are_those_of_a_one_class_detector():
         assert 0 < len(result) <= 300
         assert not result.proposal_boxes.tensor.requires_grad
         assert (result.objectness_logits.diff() <= 0).all()
+
+
+def test_box_offset_moves_the_truth_of_the_first_stage_only():
+    model = make_model("faster", "lazy").train()
+    core, inputs = model.proposal_generator, inputs_of("faster")
+    expected = core_losses(model, inputs)
+    core.box_offset = 0.5
+    for x in inputs:
+        x["instances"].gt_boxes.tensor.add_(0.5)
+    boxes = [x["instances"].gt_boxes.tensor.clone() for x in inputs]
+    assert core_losses(model, inputs) == expected
+    for x, before in zip(inputs, boxes):  # what the ROI heads get
+        assert torch.equal(x["instances"].gt_boxes.tensor, before)
+
+
+def core_losses(model, inputs):
+    images = model.preprocess_image(inputs)
+    features = model.backbone(images.tensor)
+    _, losses = model.proposal_generator(images, features, [x["instances"] for x in inputs])
+    return {name: loss.item() for name, loss in losses.items()}
 
 
 def test_classes_of_the_ground_truth_do_not_matter_to_the_first_stage():

@@ -23,7 +23,7 @@ from atss.data import register_toy_shapes
 from atss.model_zoo import config_file
 from atss.training import build_model, evaluate_lazy, load_lazy_config, train_lazy
 from atss.training.loop import autocast_dtype
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
 from detectron2.config import instantiate
@@ -94,6 +94,7 @@ def compare_detectors(args: argparse.Namespace) -> List[Dict[str, Any]]:
     rows = []
     for name, cfg in configs.items():
         print(f"{name}:", flush=True)
+        OmegaConf.resolve(cfg.dataloader)  # its images are read as model.input_format says
         cfg.model = _DETECTORS[name](cfg.model)
         torch.manual_seed(args.seed)
         model, iterations, seconds = train_for(cfg, args.seconds, device)

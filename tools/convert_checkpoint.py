@@ -9,10 +9,12 @@ from typing import Dict, List, Optional
 
 import _quiet  # noqa: F401
 from atss.checkpoint import (
+    OVERRIDES_KEY,
     CheckpointError,
     convert_checkpoint,
     detect_source,
     num_classes_of,
+    override_weights,
     read_checkpoint,
     rehead,
     write_checkpoint,
@@ -22,8 +24,6 @@ from atss.model_zoo import config_file
 from atss.training import load_lazy_config
 
 from detectron2.config import instantiate
-
-_OVERRIDES = "atss_overrides"
 
 
 def parse_arguments(argv: Optional[List[str]] = None) -> argparse.Namespace:
@@ -67,7 +67,7 @@ def convert(args: argparse.Namespace) -> None:
     print(f"{args.input}: {source} -> {args.to}, {len(weights)} names mapped")
     show("dropped", [f"{name}: {reason}" for name, reason in converted.dropped.items()])
     # Weights that were converted earlier keep their overrides.
-    overrides = converted.overrides or dict(content.get(_OVERRIDES, {}))
+    overrides = converted.overrides or dict(content.get(OVERRIDES_KEY, {}))
 
     if args.num_classes is not None:
         if args.to != "atss":
@@ -80,13 +80,20 @@ def convert(args: argparse.Namespace) -> None:
         compare(weights, model_shapes(args.config, args.num_classes), args.config, source)
 
     if args.to == "atss":
-        result = {"model": weights, "__author__": f"converted from {source}", _OVERRIDES: overrides}
+        weights = override_weights(weights, overrides)
+        result = {
+            "model": weights,
+            "__author__": f"converted from {source}",
+            OVERRIDES_KEY: overrides,
+        }
     else:
         result = {"model" if args.to == "author" else "state_dict": weights}
     write_checkpoint(result, args.output)
     if overrides and args.to == "atss":
-        print("These weights need the following config entries. ATSSCheckpointer, which the tools")
-        print("use, sets them while loading; elsewhere set them yourself:")
+        print(
+            "These weights need the following config entries, which are in OUT too: loading it sets"
+        )
+        print("them in the model. A LazyConfig or YAML config for these weights has:")
         for (key, value), yacs_key in zip(overrides.items(), yacs_overrides(overrides)):
             print(f"  {key}={value}   ({yacs_key})")
     print(f"written: {args.output}")

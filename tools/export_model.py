@@ -1,39 +1,49 @@
 #!/usr/bin/env python3
-"""Export a trained detector, compare the file with the model, describe it in model.json.
+"""Export of a trained detector to a file that is compared with the model and described in JSON.
 
     python tools/export_model.py --config-file configs/toy/atss_toy.py \\
         --weights output/demo/model_final.pth --format onnx --output output/atss.onnx
-    python tools/export_model.py --zoo atss_R_50_FPN_1x --format torchscript --output r50.pt
+    python tools/export_model.py --zoo atss_R_50_FPN_1x --format torchscript --output output/r50.pt
 
-docs/deploy.md shows how to use the files. Exits with 1 if the file's detections differ from the
-model's.
+The description is called after the file: atss.onnx.json. docs/deploy.md shows how to use both.
+Exits with 1 if the file's detections differ from the model's, naming the first stage that does.
 """
 
 import argparse
+import functools
 import os
 import sys
 import time
 import warnings
 from pathlib import Path
-from typing import List, Optional, Tuple
+from typing import Any, Dict, List, Optional, Tuple
 
 import _quiet  # noqa: F401
 import cv2
 import torch
 from atss.checkpoint import ATSSCheckpointer, load_or_resume
-from atss.export.check import (
+from atss.detector import ATSSDetector
+from atss.export import (
+    DEFAULT_OPSET,
+    MissingOperatorError,
     check_sizes,
+    class_names_of,
+    collect_metadata,
     compare_with_eager,
+    export_onnx,
+    export_program,
+    export_torchscript,
+    first_stage_that_differs,
     format_table,
     load_exported,
+    resize_rule,
+    spread_scores,
+    write_metadata,
 )
-from atss.export.formats import DEFAULT_OPSET, export_onnx, export_program, export_torchscript
-from atss.export.metadata import class_names_of, describe, resize_rule, write_metadata
-from atss.export.operators import MissingOperatorError
-from atss.export.samples import spread_scores
 from atss.model_zoo import config_file, get_checkpoint_url
 from atss.training import (
     add_import_argument,
+    find_config,
     import_modules,
     load_lazy_config,
     load_yaml_config,
@@ -43,6 +53,7 @@ from torch import nn
 from detectron2.config import instantiate
 from detectron2.modeling import build_model
 
+EXPORTS = {"torchscript": export_torchscript, "export": export_program, "onnx": export_onnx}
 SUFFIXES = {"torchscript": ".pt", "export": ".pt2", "onnx": ".onnx"}
 
 # Errors that a user can cause and fix: the message is enough. Others show their trace.
@@ -61,12 +72,14 @@ def parse_arguments(argv: Optional[List[str]] = None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--config-file", metavar="FILE", help="LazyConfig (.py) or YAML config")
+    source.add_argument(
+        "--config-file", metavar="FILE", help="LazyConfig (.py), YAML config, or folder of a run"
+    )
     source.add_argument("--zoo", metavar="NAME", help="config by name, such as atss_R_50_FPN_1x")
     parser.add_argument(
         "--weights",
         metavar="FILE",
-        help="checkpoint or URL; default with --zoo: the published one",
+        help="checkpoint, URL or folder of a run; default with --zoo: the published one",
     )
     parser.add_argument(
         "--random-weights", action="store_true", help="to try whether a model can be exported"
@@ -93,7 +106,7 @@ def parse_arguments(argv: Optional[List[str]] = None) -> argparse.Namespace:
         "--opset", type=int, default=DEFAULT_OPSET, help="version of ONNX operators"
     )
     parser.add_argument(
-        "--class-names", metavar="A,B,...", help="for model.json, if the data set is not known"
+        "--class-names", metavar="A,B,...", help="for the description, if the data set is not known"
     )
     parser.add_argument(
         "--check-image", metavar="FILE", help="image to compare on; synthetic ones by default"
@@ -116,35 +129,45 @@ def export(args: argparse.Namespace) -> bool:
     check_arguments(args)
     import_modules(args.modules)
     image = None if args.check_image is None else read_image(args.check_image)
-    cfg, model = build(args)
+    cfg, model, class_names = build(args)
     size = tuple(args.size)
-    class_names = args.class_names.split(",") if args.class_names else None
-    description = describe(
+    stage = "raw heads" if args.raw_heads else "detections"
+    is_fixed = args.raw_heads and args.format != "torchscript"
+    if args.class_names:
+        class_names = args.class_names.split(",")
+    metadata = collect_metadata(
         model,
         args.output,
         args.format,
         args.batch_size,
-        args.raw_heads,
-        size if args.raw_heads and args.format != "torchscript" else None,
-        resize_rule(cfg),
-        class_names or class_names_of(cfg, num_classes_of(model)),
-        args.opset if args.format == "onnx" else None,
+        stage,
+        fixed_size=size if is_fixed else None,
+        resize=resize_rule(cfg),
+        class_names=class_names,
+        opset=args.opset if args.format == "onnx" else None,
+    )
+    if image is not None and model.input_format == "RGB":
+        image = image.flip(0)
+    sizes = [size] * 4 if is_fixed else check_sizes(size)
+    write = functools.partial(EXPORTS[args.format], model, **export_options(args))
+    compare = functools.partial(
+        compare_with_eager, model, sizes=sizes, batch_size=args.batch_size, image=image
     )
     output = Path(args.output)
+    output.parent.mkdir(parents=True, exist_ok=True)
     partial = output.with_name(f".{output.stem}.partial{output.suffix}")
     try:
         start = time.perf_counter()
-        write(model, partial, args)
+        write(partial, stage=stage)
         seconds = time.perf_counter() - start
-        run = load_exported(partial, args.format)
-        is_fixed = description["input"]["shape"][2] != "height"
-        sizes = [size] * 4 if is_fixed else check_sizes(size)
-        if image is not None and model.input_format == "RGB":
-            image = image.flip(0)
-        rows = compare_with_eager(model, run, sizes, args.batch_size, args.raw_heads, image)
+        rows = compare(load_exported(partial, args.format), stage=stage)
         print(format_table(rows))
         if not all(row.passed for row in rows):
             print("The file differs from the model and was not kept.")
+            if isinstance(model, ATSSDetector):
+                print("Exporting up to earlier stages, to find where it goes wrong ...")
+                first = first_stage_that_differs(write, compare, args.format, stage)
+                print(f"First stage that differs: {first}.")
             return False
         os.replace(partial, output)
     finally:
@@ -155,9 +178,9 @@ def export(args: argparse.Namespace) -> bool:
             "No detections on any test image, so the comparison proves little. Pass a real picture "
             "with --check-image."
         )
-    description_file = write_metadata(description, output)
+    metadata_file = write_metadata(metadata, output)
     print(f"{output}: {output.stat().st_size / 2**20:.1f} MiB in {seconds:.0f} s")
-    print(f"{description_file}: input, outputs, classes and versions")
+    print(f"{metadata_file}: input, outputs, classes and versions")
     return True
 
 
@@ -168,9 +191,8 @@ def check_arguments(args: argparse.Namespace) -> None:
         OSError, ValueError: naming the option.
     """
     output = Path(args.output)
-    if not output.parent.is_dir():
-        raise FileNotFoundError(f"There is no folder {str(output.parent)!r} to write --output to.")
-    if output.is_dir() or not os.access(output.parent, os.W_OK):
+    existing = next(folder for folder in output.absolute().parents if folder.exists())
+    if output.is_dir() or not existing.is_dir() or not os.access(existing, os.W_OK):
         raise PermissionError(f"--output {args.output!r} cannot be written: give a file name.")
     if output.suffix != SUFFIXES[args.format]:
         raise ValueError(
@@ -187,9 +209,13 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise ValueError("Give the trained --weights, or --random-weights to try the export.")
 
 
-def build(args: argparse.Namespace) -> Tuple[object, nn.Module]:
-    """The config and its model, with weights, on the CPU, in evaluation mode."""
-    file = config_file(args.zoo) if args.zoo else args.config_file
+def build(args: argparse.Namespace) -> Tuple[object, nn.Module, Optional[List[str]]]:
+    """The config and its model, with weights, on the CPU, in evaluation mode; class names if known.
+
+    Weights that do not name their classes are not given the names of the config's data set, which
+    need not be theirs; only published ones are.
+    """
+    file = config_file(args.zoo) if args.zoo else find_config(args.config_file)
     weights = args.weights
     if weights is None and not args.random_weights:
         weights = get_checkpoint_url(args.zoo)
@@ -200,11 +226,17 @@ def build(args: argparse.Namespace) -> Tuple[object, nn.Module]:
     else:
         cfg = load_lazy_config(file, args.opts)
         model = instantiate(cfg.model)
+    class_names = None
     if weights:
-        load_or_resume(ATSSCheckpointer(model), weights, resume=False)
+        class_names = load_or_resume(ATSSCheckpointer(model), weights, resume=False).class_names
     else:
         spread_scores(model)
-    return cfg, model.eval()
+    if not args.weights:
+        final = getattr(model, "roi_heads", model.proposal_generator)
+        class_names = class_names_of(cfg, int(final.num_classes))
+    elif class_names is None and not args.class_names:
+        print("These weights do not name their classes: give --class-names, or the JSON has none.")
+    return cfg, model.eval(), class_names
 
 
 def is_yacs(file: str) -> bool:
@@ -214,18 +246,14 @@ def is_yacs(file: str) -> bool:
     return "_target_" not in Path(file).read_text(encoding="utf-8")
 
 
-def num_classes_of(model: nn.Module) -> int:
-    return int(getattr(model, "roi_heads", model.proposal_generator).num_classes)
-
-
-def write(model: nn.Module, path: Path, args: argparse.Namespace) -> None:
-    common = (path, args.batch_size, tuple(args.size), args.raw_heads)
-    if args.format == "torchscript":
-        export_torchscript(model, *common)
-    elif args.format == "export":
-        export_program(model, *common)
-    else:
-        export_onnx(model, *common, opset=args.opset)
+def export_options(args: argparse.Namespace) -> Dict[str, Any]:
+    """Arguments of the function of the format, stage aside."""
+    options = dict(batch_size=args.batch_size, example_size=tuple(args.size))
+    if args.format != "torchscript":
+        options["dynamic"] = not args.raw_heads
+    if args.format == "onnx":
+        options["opset"] = args.opset
+    return options
 
 
 def read_image(file: str) -> torch.Tensor:

@@ -12,7 +12,6 @@ import logging
 
 import _quiet  # noqa: F401
 import torch
-from atss.checkpoint import ATSSCheckpointer, load_or_resume
 from atss.device import compile_dense_parts
 from atss.training import (
     autocast_dtype,
@@ -21,7 +20,9 @@ from atss.training import (
     create_ddp_model,
     evaluate_checkpoint,
     evaluate_lazy,
+    load_for_training,
     load_lazy_config,
+    make_checkpointer,
     make_grad_scaler,
     run,
     say_if_finished,
@@ -53,8 +54,8 @@ def do_train(cfg, resume):
     state = {"optimizer": optimizer, "scheduler": scheduler}
     if scaler is not None:
         state["grad_scaler"] = scaler
-    checkpointer = ATSSCheckpointer(model, cfg.train.output_dir, **state)
-    load_or_resume(checkpointer, cfg.train.init_checkpoint, resume)
+    checkpointer = make_checkpointer(cfg, model, **state)
+    load_for_training(cfg, checkpointer, resume)
     # The scheduler has counted the steps that are done.
     start_iter = scheduler.last_epoch if resume else 0
     say_if_finished(cfg, start_iter)

@@ -8,6 +8,7 @@
 """
 
 import _quiet  # noqa: F401
+from atss.checkpoint import require_weights
 from atss.trainer import Trainer
 from atss.training import choose_data, load_yaml_config, run, set_up_run, training_parser
 
@@ -19,6 +20,8 @@ def main(args):
     set_up_run(cfg, args)
     if args.eval_only:
         return Trainer.evaluate_checkpoint(cfg, args.resume)
+    # Before the data are loaded, which takes long.
+    require_weights(cfg.OUTPUT_DIR, cfg.MODEL.WEIGHTS, args.resume)
     trainer = Trainer(cfg)
     trainer.resume_or_load(resume=args.resume)
     results = trainer.train()

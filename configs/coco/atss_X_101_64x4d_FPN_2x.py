@@ -1,7 +1,7 @@
 """ATSS, ResNeXt-101-64x4d, 2x (the authors' atss_X_101_64x4d_FPN_2x).
 
-The stride is in the 3x3 convolution. Weights are those the authors start from, Detectron's own,
-which take the same mean and deviation as MSRA's.
+The stride is in the 3x3 convolution. Initial weights are those of the authors,
+from Detectron; they need the same mean and deviation as MSRA's.
 """
 
 from .atss_R_101_FPN_2x import dataloader, lr_multiplier, model, optimizer, train

@@ -6,6 +6,7 @@ from ..common.optim import optimizer
 from ..common.schedule import lr_multiplier_1x as lr_multiplier
 from ..common.train import train
 
+dataloader.train.dataset.with_masks = True
 dataloader.train.mapper.use_instance_mask = True
 dataloader.evaluator.tasks = ["bbox", "segm"]
 dataloader.train.dataset.num_classes = "${model.roi_heads.num_classes}"

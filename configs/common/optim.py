@@ -1,4 +1,4 @@
-"""SGD as the paper has it: lr 0.01 for 16 images, biases twice that and without decay."""
+"""Optimizer of the paper: SGD, lr 0.01 for 16 images; biases have twice that and no decay."""
 
 import torch
 from atss.optimizer import get_optimizer_params
@@ -6,7 +6,7 @@ from atss.optimizer import get_optimizer_params
 from detectron2.config import LazyCall as L
 
 optimizer = L(torch.optim.SGD)(
-    # `params.model` is set by whoever builds the optimizer.
+    # `params.model` is set where the optimizer is built.
     params=L(get_optimizer_params)(
         base_lr="${..lr}",
         weight_decay="${..weight_decay}",

@@ -1,4 +1,4 @@
-"""Learning rate over time: constant warm-up at a third for 500 iterations, then two drops by ten.
+"""Learning rate over time: 500 iterations of warm-up at a third, then divided by ten twice.
 
 Values multiply the optimizer's learning rates; positions are fractions of the whole training.
 """

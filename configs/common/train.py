@@ -1,4 +1,4 @@
-"""Everything else that a run needs to know."""
+"""Settings of a run: output, length, precision, checkpoints, evaluation."""
 
 train = dict(
     output_dir="output",
@@ -13,8 +13,8 @@ train = dict(
     checkpointer=dict(period=5000, max_to_keep=100),
     # `prepare_for_inference` with --eval-only; precision also "bfloat16", "float16" (GPU), "auto".
     prepare=dict(enabled=False, channels_last=True, precision="float32", compile=False),
-    # Test-time augmentation with --eval-only. min_sizes=None: the release's scales and size ranges,
-    # times base_size / 800.
+    # Test-time augmentation with --eval-only. min_sizes=None stands for the scales and size ranges
+    # of the release, multiplied by base_size / 800.
     tta=dict(
         enabled=False,
         min_sizes=None,
@@ -31,6 +31,6 @@ train = dict(
     eval_period=5000,
     log_period=20,
     seed=-1,
-    # Taken if there is no GPU: "cpu".
+    # "cpu" is used where there is no GPU.
     device="cuda",
 )

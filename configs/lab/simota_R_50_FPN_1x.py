@@ -1,6 +1,6 @@
 """SimOTA in place of ATSS, everything else as in the paper. Not in the paper.
 
-The published cost-based rule with YOLOX's numbers. Class targets are the IoU of the predicted box.
+The rule of YOLOX (Sec. 2.1) with its settings. Class targets are the IoU of the predicted box.
 """
 
 from atss.assigners import SimOTAAssigner

@@ -1,7 +1,7 @@
 """ATSS with deformable towers (DCNv2) on the embedded shapes. Not in the paper.
 
-Parent: atss_toy.py. The backbone stays as it is: a ResNet-18 has no bottlenecks, where
-deformable convolutions would go.
+Parent: atss_toy.py. The backbone has no deformable convolutions: they replace those of bottleneck
+blocks, which a ResNet-18 lacks.
 """
 
 from .atss_toy import dataloader, lr_multiplier, model, optimizer, train

@@ -1,7 +1,7 @@
 """ATSS on the embedded shapes, from scratch in minutes on two CPU cores. Not in the paper.
 
-A thin ResNet-18 with batch norm, 64 channels in pyramid and head, images at their own 256 px. AdamW
-and a cosine, because SGD with the paper's schedule needs far longer from random weights.
+A thin ResNet-18 with batch norm, 64 channels in pyramid and head, images of 256 px. AdamW with a
+cosine schedule, because SGD with the paper's schedule needs far longer from random weights.
 """
 
 import torch

@@ -1,7 +1,7 @@
 """Faster R-CNN on ATSS proposals, on the embedded shapes. Not in the paper. Parent: atss_toy.py.
 
-The recipe and the thin ResNet-18 are the parent's; the second stage is thinner than on COCO and
-looks at fewer proposals.
+Recipe and thin ResNet-18 are the parent's. The second stage is smaller than on COCO and gets fewer
+proposals.
 """
 
 from ..common.models.faster_rcnn_atss import model

@@ -1,11 +1,13 @@
 """Algorithm 1: candidates, adaptive threshold, centre test, conflicts."""
 
+import time
+
 import numpy as np
 import pytest
 import torch
 from atss.anchors import AnchorGrid
 from atss.assigners import ATSSAssigner, adaptive_threshold, resolve_claims
-from atss.assigners.candidates import nearest_anchors, nearest_on_lattice
+from atss.assigners.candidates import _window_ranks, nearest_anchors, nearest_on_lattice
 from conftest import golden_cases, golden_grid, grown, make_grid, random_boxes
 from reference import atss_assignment
 
@@ -234,3 +236,23 @@ def test_samples_name_every_positive_exactly_once():
 def test_topk_that_is_not_a_positive_integer_is_refused(topk):
     with pytest.raises(ValueError, match=r"integer topk >= 1, got .*model\.assigner\.topk"):
         ATSSAssigner(topk=topk)
+
+
+def test_window_is_all_pairs_of_ranks_that_can_qualify_and_fast_to_find():
+    for topk in range(1, 40):
+        ranks = range(1, topk + 2)
+        expected = {
+            (a - 1, b - 1) for a in ranks for b in ranks if a * b - min(a, 2) * min(b, 2) < topk
+        }
+        pairs = list(zip(*_window_ranks(topk)))
+        assert set(pairs) == expected and len(pairs) == len(expected)
+    start = time.process_time()
+    assert len(_window_ranks(10_000)[0]) < 120_000
+    assert time.process_time() - start < 3  # 27 s while all 10^8 pairs were tried
+
+
+def test_more_candidates_than_there_are_locations_are_all_of_them():
+    grid = make_grid(256, 256)
+    boxes = [Boxes(random_boxes(5, 256, 256))]
+    everything = ATSSAssigner(topk=1024)(grid, boxes)
+    assert torch.equal(ATSSAssigner(topk=10_000)(grid, boxes).match_labels, everything.match_labels)

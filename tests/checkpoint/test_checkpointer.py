@@ -1,5 +1,6 @@
 """Loading: foreign weights through the checkpointer and by name, and the conversion tool."""
 
+import copy
 import hashlib
 import logging
 import os
@@ -7,14 +8,18 @@ import os
 import pytest
 import torch
 from atss import model_zoo
+from atss.backbone import resnet_fpn
 from atss.checkpoint import (
     OVERRIDES_KEY,
     ATSSCheckpointer,
     CheckpointError,
     convert_checkpoint,
+    fetch,
     load_or_resume,
     read_checkpoint,
+    require_weights,
 )
+from atss.inference_mode import prepare_for_inference
 from atss.postprocessing import DetectionSelector
 from conftest import make_input, tiny_detector
 from convert_checkpoint import main as convert_tool
@@ -68,6 +73,29 @@ def test_a_file_of_the_authors_gives_their_boxes_half_a_pixel_further(tmp_path, 
     theirs.proposal_generator.box_offset = 0.5
     inputs = make_input()
     assert_detect_the_same(ours, inputs, theirs, inputs)
+
+
+def test_fine_tuning_weights_of_the_authors_ends_without_bias(tmp_path):
+    path = save_as(tiny_detector(), "author", tmp_path / "author.pth")
+    model = tiny_detector()
+    ATSSCheckpointer(model).load(path)
+    assert model.proposal_generator.box_offset == 0.5
+    batch = [
+        make_input(64, 96, [[10.0, 12, 40, 44]], [0]), make_input(64, 96, [[50.0, 8, 86, 48]], [2])
+    ]  # fmt: skip
+    steps = 120
+    optimizer = torch.optim.Adam(model.parameters(), 2e-3)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        sum(model(batch).values()).backward()
+        optimizer.step()
+        schedule.step()
+    with torch.no_grad():
+        found = [x["instances"].pred_boxes.tensor[0] for x in model.eval()(batch)]
+    truth = torch.cat([x["instances"].gt_boxes.tensor for x in batch])
+    errors = torch.stack(found) - truth
+    assert errors.abs().mean() < 0.1 and errors.mean(dim=0).abs().max() < 0.1, errors
 
 
 def test_a_file_of_mmdetection_gives_the_boxes_of_its_geometry(tmp_path):
@@ -145,7 +173,8 @@ def test_the_tool_writes_what_detectron2_loads_alone(tmp_path, capsys):
     assert read_checkpoint(out)[OVERRIDES_KEY]["model.box_offset"] == 0.5
     loaded = tiny_detector()
     DetectionCheckpointer(loaded).load(out)
-    assert_equal(loaded.state_dict(), model.state_dict())
+    assert loaded.proposal_generator.box_offset == 0.5
+    assert_equal(dict(loaded.named_parameters()), dict(model.named_parameters()))
 
 
 def test_the_tool_goes_back_and_renews_heads(tmp_path, capsys):
@@ -227,3 +256,124 @@ def test_names_with_and_without_published_weights():
         model_zoo.get_checkpoint_url("atss_dcnv2_R_50_FPN_1x")
     with pytest.raises(ValueError, match="Unknown config"):
         model_zoo.get_checkpoint_url("atss_R_7")
+
+
+def norm_detector(norm, **changes):
+    options = dict(stem_out_channels=32, res2_out_channels=32, out_channels=64)
+    return tiny_detector(backbone=resnet_fpn(18, norm=norm, freeze_at=0, **options), **changes)
+
+
+@pytest.mark.parametrize("norm", ["FrozenBN", "BN", "SyncBN", "GN"])
+def test_weights_of_something_else_are_refused_whatever_the_norm(norm, tmp_path):
+    torch.save({"model": {"foo.weight": torch.zeros(2)}}, tmp_path / "foo.pth")
+    model = norm_detector(norm)
+    with pytest.raises(CheckpointError, match="match no parameter.*'foo.weight'.*model needs"):
+        path = str(tmp_path / "foo.pth")
+        load_or_resume(ATSSCheckpointer(model), path, resume=False, allow_partial=True)
+
+
+@pytest.mark.parametrize("norm", ["FrozenBN", "BN", "SyncBN"])
+@pytest.mark.parametrize("source", ["torchvision", "mmdet"])
+def test_batch_norms_take_weights_of_other_code_bases(source, norm, tmp_path):
+    trained = norm_detector("BN")
+    with torch.no_grad():
+        trained.backbone.bottom_up.stem.conv1.norm.running_mean.fill_(3.0)
+    weights = convert_checkpoint(trained.state_dict(), target="mmdet").state_dict
+    if source == "torchvision":
+        start = "backbone."
+        weights = {n[len(start) :]: v for n, v in weights.items() if n.startswith(start)}
+    torch.save({"state_dict": weights}, tmp_path / "other.pth")
+    model, path = norm_detector(norm), str(tmp_path / "other.pth")
+    load_or_resume(ATSSCheckpointer(model), path, resume=False, allow_partial=True)
+    assert float(model.backbone.bottom_up.stem.conv1.norm.running_mean[0]) == 3.0
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"num_classes": 5}, "2 of another shape .*cls_logits"),
+        ({"head": {"num_convs": 2}}, "missing .*tower"),
+        ({"head": {"centerness": False}, "loss": {"quality": None}}, "unknown to the model"),
+    ],
+)
+def test_only_training_takes_weights_that_fit_in_part(changes, words, tmp_path, caplog):
+    ATSSCheckpointer(tiny_detector(), str(tmp_path)).save("model_final")
+    path = str(tmp_path / "model_final.pth")
+    model = tiny_detector(**changes)
+    refused = f"not those of this model.*{words}"
+    with pytest.raises(CheckpointError, match=refused):
+        ATSSCheckpointer(model).load(path)
+    with pytest.raises(CheckpointError, match=refused):
+        load_or_resume(ATSSCheckpointer(model), path, resume=False)
+    with caplog.at_level(logging.WARNING):
+        load_or_resume(ATSSCheckpointer(model), path, resume=False, allow_partial=True)
+    assert len([r for r in caplog.messages if "are not loaded" in r]) == 1
+    assert len(caplog.messages) == 1  # not one line for each parameter
+
+
+def test_a_resumed_run_needs_all_of_its_weights(tmp_path):
+    ATSSCheckpointer(tiny_detector(), str(tmp_path)).save("model_final")
+    checkpointer = ATSSCheckpointer(tiny_detector(num_classes=5), str(tmp_path))
+    with pytest.raises(CheckpointError, match="not those of this model"):
+        load_or_resume(checkpointer, "", resume=True, allow_partial=True)
+
+
+@pytest.mark.parametrize(
+    "loader", [ATSSCheckpointer, DetectionCheckpointer, torch.nn.Module.load_state_dict]
+)
+def test_a_prepared_model_refuses_weights(loader, tmp_path):
+    model = tiny_detector()
+    ATSSCheckpointer(model, str(tmp_path)).save("model_final")
+    for prepared in (prepare_for_inference(model), copy.deepcopy(prepare_for_inference(model))):
+        with pytest.raises(RuntimeError, match="prepared for inference.*Load them first"):
+            if loader is torch.nn.Module.load_state_dict:
+                loader(prepared, model.state_dict(), strict=False)
+            else:
+                loader(prepared).load(str(tmp_path / "model_final.pth"))
+
+
+def test_class_names_travel_with_the_weights(tmp_path):
+    saver = ATSSCheckpointer(tiny_detector(), str(tmp_path), class_names=["x", "y", "z"])
+    saver.save("model_final")
+    loaded = load_or_resume(ATSSCheckpointer(tiny_detector()), str(tmp_path), resume=False)
+    assert loaded.class_names == ["x", "y", "z"]
+    ATSSCheckpointer(tiny_detector(), str(tmp_path)).save("without")
+    loaded = load_or_resume(ATSSCheckpointer(tiny_detector()), str(tmp_path), resume=False)
+    assert loaded.class_names is None
+
+
+@pytest.mark.parametrize(
+    "content, words",
+    [(b"", "is empty"), (b"\xff\x80\x02", "says"), (b"gone.pth\n", "says 'gone.pth'")],
+)
+def test_a_damaged_last_checkpoint_is_named_with_what_could_be_in_it(content, words, tmp_path):
+    checkpointer = ATSSCheckpointer(tiny_detector(), str(tmp_path))
+    checkpointer.save("model_final")
+    (tmp_path / "last_checkpoint").write_bytes(content)
+    with pytest.raises(CheckpointError, match=f"last_checkpoint.*{words}.*'model_final.pth'"):
+        load_or_resume(checkpointer, "", resume=True)
+
+
+def test_own_weights_below_state_dict_load(tmp_path):
+    trained, model = tiny_detector(), tiny_detector()
+    torch.save({"state_dict": trained.state_dict(), "epoch": 3}, tmp_path / "own.pth")
+    ATSSCheckpointer(model).load(str(tmp_path / "own.pth"))
+    assert_equal(model.state_dict(), trained.state_dict())
+
+
+@pytest.mark.parametrize("scheme", ["detectron2", "catalog", "https"])
+def test_weights_that_do_not_arrive_are_one_sentence(scheme, monkeypatch, tmp_path):
+    def refuse(*_, **__):
+        raise OSError("no route to host")
+
+    monkeypatch.setattr("atss.checkpoint.files.PathManager.get_local_path", refuse)
+    with pytest.raises(CheckpointError, match="Cannot get .*no route.*init_checkpoint"):
+        require_weights(str(tmp_path), f"{scheme}://a/b.pkl", resume=False)
+
+
+def test_a_date_at_the_end_of_an_address_is_no_hash(tmp_path, monkeypatch):
+    path = save_as(tiny_detector(), "mmdet", tmp_path / "atss_r50-20200209.pth")
+    monkeypatch.setattr("atss.checkpoint.files.PathManager.get_local_path", lambda url, **_: path)
+    assert fetch("https://weights.invalid/atss_r50-20200209.pth") == path
+    with pytest.raises(CheckpointError, match="not what its name promises"):
+        fetch("https://weights.invalid/atss_r50-20209999.pth")

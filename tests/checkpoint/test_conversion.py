@@ -1,7 +1,10 @@
 """Weights of other code bases: names, shapes, geometry, files that cannot be trusted."""
 
+import logging
 import os
 import pickle
+import sys
+import types
 
 import numpy as np
 import pytest
@@ -23,6 +26,7 @@ from atss.checkpoint import (
 from atss.config import add_atss_config
 from atss.head import ATSSHead
 from atss.model_zoo import get_config
+from atss.stored_settings import STATE_KEY, settings_of
 from author_keys import RELEASES, author_shapes, mmdet_shapes
 from conftest import GOLDEN, golden_cases, tiny_detector
 
@@ -56,7 +60,8 @@ def our_shapes(release):
             ),
             "proposal_generator.head.": ATSSHead(256, 80, deformable=release.deformable),
         }
-    return shapes_of({p + n: v for p, part in parts.items() for n, v in part.state_dict().items()})
+    weights = {p + n: v for p, part in parts.items() for n, v in part.state_dict().items()}
+    return shapes_of({n: v for n, v in weights.items() if not n.endswith(STATE_KEY)})
 
 
 def shapes_of(weights):
@@ -211,30 +216,33 @@ def test_turned_channels_compute_the_same():
         "model.pixel_mean": [1.0, 2.0, 3.0],
         "model.pixel_std": [60.0] * 3,
     }
-    applied, _ = override_model(bgr, overrides, weights)
-    bgr.load_state_dict(weights)
+    bgr.load_state_dict(override_model(bgr, overrides, weights))
     image = torch.rand(3, 64, 64) * 255
     with torch.no_grad():
         expected = rgb.backbone(rgb.preprocess_image([{"image": image}]).tensor)["p3"]
         found = bgr.backbone(bgr.preprocess_image([{"image": image.flip(0)}]).tensor)["p3"]
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
-    assert applied["model.pixel_mean"] == [3.0, 2.0, 1.0]
+    assert settings_of(bgr)["model.pixel_mean"] == [3.0, 2.0, 1.0]
+    assert bgr.input_format == "BGR"
 
 
-def test_overrides_change_what_the_model_computes_with():
+def test_overrides_change_what_the_model_computes_with(caplog):
     model = tiny_detector(
         backbone=resnet_fpn(50, stem_out_channels=32, res2_out_channels=32, out_channels=64)
     )
     overrides = convert_checkpoint(meta(MMDET)).overrides
-    _, changes = override_model(model, overrides, {})
+    with caplog.at_level(logging.INFO, logger="atss"):
+        override_model(model, overrides, {})
     core, backbone = model.proposal_generator, model.backbone
     assert core.anchor_generator.offset == 0.0 and core.selector.sqrt_score is False
     assert backbone.top_block.relu_before_p7 is False
     block = backbone.bottom_up.res3[0]
     assert (block.conv1.stride, block.conv2.stride) == ((1, 1), (2, 2))
-    assert any("relu_before_p7" in change for change in changes)
-    _, changes = override_model(model, overrides, {})
-    assert not [change for change in changes if "turned" not in change and "pixel" not in change]
+    assert "relu_before_p7: True -> False" in caplog.text
+    caplog.clear()
+    with caplog.at_level(logging.INFO, logger="atss"):
+        override_model(model, overrides, {})
+    assert [r for r in caplog.messages if "first convolution" not in r] == []
 
 
 def test_a_model_without_place_for_the_geometry_is_a_conflict():
@@ -251,13 +259,53 @@ class Evil:
 def test_files_that_run_code_are_refused(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.save({"model": {"a": torch.zeros(1)}, "meta": Evil()}, "evil.pth")
-    with pytest.raises(CheckpointError, match="refused"):
+    with pytest.raises(CheckpointError, match="refused.*system") as refused:
         read_checkpoint("evil.pth")
+    assert "weights_only" not in str(refused.value) and "\x1b" not in str(refused.value)
     with open("evil.pkl", "wb") as file:
         pickle.dump({"model": Evil()}, file)
     with pytest.raises(CheckpointError, match="system"):
         check_pickle("evil.pkl")
     assert not os.path.exists("ran.txt")
+
+
+def test_logs_of_mmengine_are_left_out_and_nothing_is_imported(tmp_path, monkeypatch):
+    class HistoryBuffer:
+        def __init__(self):
+            self._log_history = np.arange(3.0)
+            self._statistics_methods = {"mean": HistoryBuffer.mean}
+
+        def mean(self):
+            return 0.0
+
+    class ConfigDict(dict):
+        pass
+
+    history = types.ModuleType("mmengine.logging.history_buffer")
+    for name, kind in (("HistoryBuffer", HistoryBuffer), ("ConfigDict", ConfigDict)):
+        kind.__module__, kind.__qualname__ = history.__name__, name
+        setattr(history, name, kind)
+    HistoryBuffer.mean.__module__ = history.__name__
+    HistoryBuffer.mean.__qualname__ = "HistoryBuffer.mean"
+    for name in ("mmengine", "mmengine.logging", history.__name__):
+        monkeypatch.setitem(sys.modules, name, history)
+    weights = {"bbox_head.atss_cls.weight": torch.arange(4.0)}
+    content = {
+        "meta": {"epoch": 12, "cfg": ConfigDict(a=1)},
+        "state_dict": weights,
+        "message_hub": {"log_scalars": {"loss": HistoryBuffer()}, "last": np.float64(2.0)},
+    }
+    torch.save(content, tmp_path / "epoch_12.pth")
+    torch.save({**content, "hook": Evil()}, tmp_path / "evil.pth")
+    for name in ("mmengine", "mmengine.logging", history.__name__):
+        monkeypatch.delitem(sys.modules, name)
+
+    found = read_checkpoint(str(tmp_path / "epoch_12.pth"))
+    assert found["meta"]["epoch"] == 12
+    assert torch.equal(found["state_dict"]["bbox_head.atss_cls.weight"], torch.arange(4.0))
+    assert "mmengine" not in sys.modules
+    with pytest.raises(CheckpointError, match="would import .*system"):
+        read_checkpoint(str(tmp_path / "evil.pth"))
 
 
 def test_pickles_of_arrays_pass(tmp_path):

@@ -411,14 +411,6 @@ def test_truncated_image_is_named_where_it_is_read(own):
         mapper(entry)
 
 
-def test_objects_without_polygons_are_named_where_masks_are_needed(own):
-    folder, _ = own
-    register_coco_json("mine", folder / "set.json", folder / "images")
-    mapper = NamingMapper(True, augmentations=[], image_format="BGR", use_instance_mask=True)
-    with raises_with("a.jpg", "without a segmentation", "use_instance_mask", "MODEL.MASK_ON"):
-        mapper(DatasetCatalog.get("mine")[0])
-
-
 # Number of classes
 
 
@@ -602,6 +594,20 @@ def test_good_records_come_back_as_they_are():
     records = [record([0, 0, 9, 9], np.float32([1, 2, 3, 4]), classes=[2, np.int64(0)]), {"id": 1}]
     checked = check_dataset_dicts(records, 3, "zoo")
     assert [a is b for a, b in zip(checked, records)] == [True, True]
+
+
+@pytest.mark.parametrize("outline", [None, [], "missing"])
+def test_objects_without_outlines_are_refused_for_a_mask_head(outline):
+    good, bad = record([0, 0, 9, 9]), record([0, 0, 9, 9], [1, 1, 5, 5])
+    for annotation in (*good["annotations"], *bad["annotations"]):
+        annotation["segmentation"] = [[0, 0, 9, 0, 9, 9]]
+    assert check_dataset_dicts([good, bad], 3, "zoo", with_masks=True) == [good, bad]
+    bad["annotations"][1]["segmentation"] = outline
+    if outline == "missing":
+        del bad["annotations"][1]["segmentation"]
+    check_dataset_dicts([good, bad], 3, "zoo")
+    with raises_with("annotation 1", "no segmentation, which a mask head", "MODEL.MASK_ON", "zoo"):
+        check_dataset_dicts([good, bad], 3, "zoo", with_masks=True)
 
 
 def test_boxes_without_area_are_dropped_from_a_copy_and_counted(caplog):

@@ -1,6 +1,7 @@
 """An exported file says what the model says, for every size, content and number of boxes."""
 
 import copy
+import functools
 import re
 import subprocess
 import sys
@@ -11,12 +12,22 @@ import pytest
 import torch
 from atss.anchors import GridAnchorGenerator, octave_sizes
 from atss.box_regression import PointToBoxTransform
-from atss.export.check import compare_with_eager, load_exported
-from atss.export.formats import export_onnx, export_program, export_torchscript
+from atss.export import (
+    STAGES,
+    collect_metadata,
+    compare_with_eager,
+    export_onnx,
+    export_program,
+    export_torchscript,
+    first_stage_that_differs,
+    load_exported,
+    modules,
+    spread_scores,
+    write_metadata,
+)
+from atss.export.check import synthetic_image
 from atss.export.matching import match_detections
-from atss.export.metadata import describe, write_metadata
-from atss.export.modules import detect_as_tensors
-from atss.export.samples import spread_scores, synthetic_image
+from atss.export.modules import detect_as_tensors, frozen_copy
 from atss.postprocessing import DetectionSelector
 from conftest import REPO, tiny_detector
 from test_two_stage import lazy_model
@@ -228,7 +239,7 @@ def test_two_stage_detectors_export_to_torchscript(kind, tmp_path):
 
     assert_agrees(model, traced, [(60, 70), (200, 150)])
     assert not list(device_constants(traced))
-    names = [o["name"] for o in describe(model, "model.pt", "torchscript")["outputs"]]
+    names = [o["name"] for o in collect_metadata(model, "model.pt", "torchscript")["outputs"]]
     assert names == ["boxes", "scores", "classes"] + ["masks"] * (kind == "mask")
 
 
@@ -238,9 +249,9 @@ def test_raw_heads_have_fixed_shapes_and_agree(name, tmp_path):
     pytest.importorskip("onnxruntime")
     model = detector(**copy.deepcopy(VARIANTS[name]))
     file = tmp_path / "raw.onnx"
-    export_onnx(model, file, example_size=RAW_SIZE, raw_heads=True)
+    export_onnx(model, file, example_size=RAW_SIZE, stage="raw heads", dynamic=False)
 
-    assert_agrees(model, load_exported(file, "onnx"), [RAW_SIZE] * 2, raw_heads=True)
+    assert_agrees(model, load_exported(file, "onnx"), [RAW_SIZE] * 2, stage="raw heads")
     graph = onnx.load(file).graph
     shapes = [
         [d.dim_value for d in value.type.tensor_type.shape.dim]
@@ -249,11 +260,68 @@ def test_raw_heads_have_fixed_shapes_and_agree(name, tmp_path):
     num_anchors = sum(-(-160 // s) * -(-224 // s) for s in LEVEL_STRIDES)
     expected = [[1, 3, *RAW_SIZE], [1, num_anchors, 3], [1, num_anchors, 4], [1, num_anchors]]
     assert shapes == expected[: 3 if name == "no centerness" else 4]
-    described = describe(model, file, "onnx", raw_heads=True, fixed_size=RAW_SIZE)
-    assert sum(described["anchors_per_level"]) == num_anchors
+    metadata = collect_metadata(model, file, "onnx", stage="raw heads", fixed_size=RAW_SIZE)
+    assert sum(metadata["anchors_per_level"]) == num_anchors
 
-    traced = export_torchscript(model, example_size=TRACED, raw_heads=True)
-    assert_agrees(model, traced, [(33, 40), (250, 330)], raw_heads=True)
+    traced = export_torchscript(model, example_size=TRACED, stage="raw heads")
+    assert_agrees(model, traced, [(33, 40), (250, 330)], stage="raw heads")
+
+
+FAULTS = {
+    "features": lambda model: model.backbone.steps[0].weight[0].mul_(2),
+    "raw heads": lambda model: model.proposal_generator.head.bbox_pred.bias.add_(0.1),
+    "candidates": lambda model: setattr(model.proposal_generator.selector, "score_thresh", 0.1),
+    "detections": lambda model: setattr(model.proposal_generator.selector, "nms_thresh", 0.9),
+}
+
+
+@pytest.fixture
+def fault(request, monkeypatch):
+    """Stage in which everything exported in the test has a fault."""
+
+    def faulty_copy(model, two_stage=False):
+        copied = frozen_copy(model, two_stage)
+        FAULTS[request.param](copied)
+        return copied
+
+    monkeypatch.setattr(modules, "frozen_copy", faulty_copy)
+    return request.param
+
+
+@pytest.mark.parametrize("fault", FAULTS, indirect=True)
+def test_first_stage_that_differs_is_named(fault, tmp_path):
+    model = detector()
+    export = functools.partial(export_torchscript, model, example_size=TRACED)
+    compare = functools.partial(compare_with_eager, model, sizes=SIZES)
+
+    assert not all(row.passed for row in compare(export()))
+    assert first_stage_that_differs(export, compare, "torchscript") == fault
+
+
+@pytest.mark.parametrize("fault", ["raw heads"], indirect=True)
+def test_first_stage_that_differs_is_found_with_torch_export(fault):
+    model = detector()
+    export = functools.partial(export_program, model, example_size=TRACED)
+    compare = functools.partial(compare_with_eager, model, sizes=SIZES)
+
+    assert first_stage_that_differs(export, compare, "export") == fault
+
+
+@pytest.mark.parametrize("fault", ["candidates"], indirect=True)
+def test_first_stage_that_differs_is_found_in_onnx_files_of_one_size(fault):
+    pytest.importorskip("onnxscript")
+    pytest.importorskip("onnxruntime")
+    model = detector()
+    export = functools.partial(export_onnx, model, example_size=TRACED, dynamic=False)
+    compare = functools.partial(compare_with_eager, model, sizes=[TRACED])
+
+    assert first_stage_that_differs(export, compare, "onnx") == fault
+
+
+def test_every_stage_of_a_right_file_agrees_in_batches_of_any_size(model):
+    for stage in STAGES:
+        traced = export_torchscript(model, batch_size=2, example_size=TRACED, stage=stage)
+        assert_agrees(model, traced, batch_size=2, stage=stage)
 
 
 # What docs/deploy.md tells people to do, in processes without our code. Export takes seconds, so
@@ -298,13 +366,13 @@ def expected_in(model, file, short_edge):
         return model([inputs])[0]["instances"]
 
 
-def prepare(folder, model, file, **options):
+def prepare(folder, model, **options):
+    """Write what docs/deploy.md reads, model.onnx.json and image.png; what must be found there."""
     rule = {"short_edge": 120, "long_edge_at_most": 1333}
     names = [f"class {i}" for i in range(model.proposal_generator.num_classes)]
-    write_metadata(
-        describe(model, folder / file, "any", resize=rule, class_names=names, **options),
-        folder / file,
-    )
+    file = folder / "model.onnx"
+    metadata = collect_metadata(model, file, "any", resize=rule, class_names=names, **options)
+    write_metadata(metadata, file)
     image = synthetic_image((150, 200), seed=3).permute(1, 2, 0).byte().numpy()
     cv2.imwrite(str(folder / "image.png"), image)
     return expected_in(model, folder / "image.png", 120)
@@ -326,7 +394,7 @@ def test_torch_files_agree_and_run_as_documented_without_our_code(
     assert_agrees(model, program)
     assert_right_for(contents, model, program)
 
-    wanted = prepare(tmp_path, model, "model.pt")
+    wanted = prepare(tmp_path, model)
     blocked = ("detectron2", "atss", "fvcore", "omegaconf")
     results, output = run_documented(tmp_path, blocked, "TorchScript", "torch.export")
     for found in results:
@@ -343,12 +411,13 @@ def test_onnx_files_agree_and_run_as_documented_with_onnxruntime_alone(model, co
     assert_right_for(contents, model, session)
 
     blocked = ("detectron2", "atss", "torch", "torchvision", "onnx", "onnxscript")
-    wanted = prepare(tmp_path, model, "model.onnx")
+    wanted = prepare(tmp_path, model)
     [found], _ = run_documented(tmp_path, blocked, "ONNX")
     assert_same_detections(found, wanted)
 
     # The image fills the file's size up to a multiple of 32, so that padding is the model's own.
-    export_onnx(model, tmp_path / "model.onnx", example_size=(128, 160), raw_heads=True)
-    wanted = prepare(tmp_path, model, "model.onnx", raw_heads=True, fixed_size=(128, 160))
+    raw_heads = dict(example_size=(128, 160), stage="raw heads", dynamic=False)
+    export_onnx(model, tmp_path / "model.onnx", **raw_heads)
+    wanted = prepare(tmp_path, model, stage="raw heads", fixed_size=(128, 160))
     [found], _ = run_documented(tmp_path, blocked, "Raw heads, for runtimes without NMS")
     assert_same_detections(found, wanted)

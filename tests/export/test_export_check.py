@@ -1,12 +1,21 @@
 """The comparison of a file with its model notices what is wrong, and only that."""
 
+import functools
+
 import pytest
 import torch
-from atss.export.check import CheckRow, check_sizes, compare_with_eager, format_table
-from atss.export.matching import Choice, match_detections
-from atss.export.metadata import class_names_of, describe, resize_rule
-from atss.export.modules import detect_as_tensors
-from atss.export.samples import spread_scores
+from atss.export import (
+    check_sizes,
+    class_names_of,
+    collect_metadata,
+    compare_with_eager,
+    format_table,
+    resize_rule,
+    spread_scores,
+)
+from atss.export.check import CheckRow
+from atss.export.matching import Difference, Suppression, match_detections
+from atss.export.modules import ExportableDetector, detect_as_tensors
 from atss.model_zoo import get_config
 from atss.training import load_yaml_config
 from conftest import REPO, tiny_detector
@@ -48,8 +57,8 @@ def test_equal_detections_match_in_any_order():
 def test_box_score_or_class_that_differs_has_no_partner(change):
     found = with_row(detections(), 2, **change)
     assert match_detections(detections(), found).num_unmatched == 2  # one of each list
-    choice = Choice(detections(), 0.6, 100)
-    assert match_detections(detections(), found, choice).num_unmatched == 2
+    suppression = Suppression(detections(), 0.6, 100)
+    assert match_detections(detections(), found, suppression).num_unmatched == 2
 
 
 def test_detection_that_lacks_or_repeats_has_no_partner():
@@ -66,14 +75,14 @@ def test_of_two_equal_boxes_either_may_suppress_the_other():
     # 18 of 22 px shared: IoU 0.82.
     expected = detections()
     found = with_row(expected, 2, boxes=torch.tensor([62.0, 60, 82, 80]), scores=0.5 - 1e-6)
-    choice = Choice(joined(expected, [x[2:3] for x in found]), 0.6, 100)
+    suppression = Suppression(joined(expected, [x[2:3] for x in found]), 0.6, 100)
 
-    assert match_detections(expected, found, choice)[2:] == (1, 0)
+    assert match_detections(expected, found, suppression)[2:] == (1, 0)
     # If the model never had that box, or its score is worse, it is a mistake.
-    assert match_detections(expected, found, choice._replace(candidates=expected))[3] > 0
+    assert match_detections(expected, found, suppression._replace(candidates=expected))[3] > 0
     worse = with_row(found, 2, scores=0.45)
-    choice = Choice(joined(expected, [x[2:3] for x in worse]), 0.6, 100)
-    assert match_detections(expected, worse, choice).num_unmatched > 0
+    suppression = Suppression(joined(expected, [x[2:3] for x in worse]), 0.6, 100)
+    assert match_detections(expected, worse, suppression).num_unmatched > 0
 
 
 def test_what_the_loser_of_a_tie_had_suppressed_may_come_back():
@@ -82,11 +91,11 @@ def test_what_the_loser_of_a_tie_had_suppressed_may_come_back():
     third = with_row(winner, 0, boxes=torch.tensor([-4.0, 0, 16, 20]), scores=0.3)  # 12/28 with it
     candidates = joined(joined(winner, loser), third)
 
-    match = match_detections(winner, joined(loser, third), Choice(candidates, 0.6, 100))
+    match = match_detections(winner, joined(loser, third), Suppression(candidates, 0.6, 100))
 
     assert match.num_unmatched == 0 and match.num_ties == 2
     # Without a tie there is no reason for the third to be there.
-    match = match_detections(winner, joined(winner, third), Choice(candidates, 0.6, 100))
+    match = match_detections(winner, joined(winner, third), Suppression(candidates, 0.6, 100))
     assert match.num_unmatched == 1
 
 
@@ -96,8 +105,44 @@ def test_last_place_may_go_to_either_of_two_equal_scores():
     found = joined([x[:4] for x in expected], other)
     candidates = joined(expected, other)
 
-    assert match_detections(expected, found, Choice(candidates, 0.6, 5))[2:] == (1, 0)
-    assert match_detections(expected, found, Choice(candidates, 0.6, 6)).num_unmatched == 2
+    assert match_detections(expected, found, Suppression(candidates, 0.6, 5))[2:] == (1, 0)
+    # With room for six, the loser has no reason to be missing.
+    assert match_detections(expected, found, Suppression(candidates, 0.6, 6)).num_unmatched == 1
+
+
+def test_box_that_nms_would_have_removed_is_noticed():
+    overlapping = with_row(detections(1), 0, boxes=torch.tensor([2.0, 0, 22, 20]), scores=0.7)
+    candidates = joined(detections(), overlapping)  # IoU 18/22 with the first
+
+    match = match_detections(detections(), candidates, Suppression(candidates, 0.6, 100))
+
+    assert match.num_unmatched == 1
+
+
+def test_numbers_that_are_not_finite_have_no_partner():
+    found = with_row(detections(), 2, boxes=torch.tensor([float("nan"), 60, 80, 80]))
+    assert match_detections(detections(), found).num_unmatched == 2
+    found = with_row(detections(), 2, scores=float("nan"))
+    assert match_detections(detections(), found).num_unmatched > 0
+
+
+@pytest.mark.parametrize("output", [0, 1, 2])
+def test_raw_heads_are_compared_though_nothing_scores(output):
+    model = tiny_detector().eval()
+    torch.nn.init.constant_(model.proposal_generator.head.cls_logits.bias, -12.0)
+    right = ExportableDetector(model, "raw heads")
+
+    def run(images, change=0.0):
+        outputs = list(right(images))
+        outputs[output] = outputs[output] + change
+        return outputs
+
+    def passes(change):
+        wrong = functools.partial(run, change=change)
+        [row] = compare_with_eager(model, wrong, [(100, 120)], stage="raw heads")
+        return row.passed
+
+    assert passes(0.0) and not passes(float("nan")) and not passes(3.0)
 
 
 def test_every_box_a_little_off_is_noticed_though_all_scores_agree():
@@ -113,8 +158,11 @@ def test_every_box_a_little_off_is_noticed_though_all_scores_agree():
 
 
 def test_table_names_the_size_that_failed():
-    good = CheckRow((10, 20), 3, 3, 0.0, 0.0, 0, 0)
-    lines = format_table([good, good._replace(size=(30, 40), box_difference=0.5)]).splitlines()
+    rows = [
+        CheckRow((10, 20), 3, 3, Difference(0.0, 0.0, 0, 0)),
+        CheckRow((30, 40), 3, 3, Difference(0.5, 0.0, 0, 0)),
+    ]
+    lines = format_table(rows).splitlines()
     assert lines[1].endswith("ok") and lines[2].split()[:3] == ["30", "x", "40"]
     assert lines[2].endswith("FAILED")
 
@@ -143,25 +191,25 @@ def test_description_says_what_a_user_needs():
     names = class_names_of(config, 6)
     model = tiny_detector(num_classes=6)
     rule = resize_rule(config)
-    described = describe(model, "x/a.onnx", "onnx", 2, resize=rule, class_names=names, opset=20)
-
-    assert described["file"] == "a.onnx"
-    assert described["input"]["shape"] == [2, 3, "height", "width"]
-    assert described["channel_order"] == "BGR"
-    assert described["mean"] == [127.0] * 3 and described["std"] == [60.0] * 3
-    assert described["resize"]["short_edge"] == 256
-    assert described["strides"] == [8, 16, 32, 64, 128]
-    assert described["class_names"][0] == "rectangle" and len(described["class_names"]) == 6
-    assert described["score"]["formula"] == "sqrt(sigmoid(logit) * sigmoid(centerness))"
-    assert [o["name"] for o in described["outputs"]][-1] == "image_idxs"
-    assert {"atss", "torch", "torchvision", "detectron2", "onnx_opset"} <= set(
-        described["versions"]
+    metadata = collect_metadata(
+        model, "x/a.onnx", "onnx", 2, resize=rule, class_names=names, opset=20
     )
+
+    assert metadata["file"] == "a.onnx"
+    assert metadata["input"]["shape"] == [2, 3, "height", "width"]
+    assert metadata["channel_order"] == "BGR"
+    assert metadata["mean"] == [127.0] * 3 and metadata["std"] == [60.0] * 3
+    assert metadata["resize"]["short_edge"] == 256
+    assert metadata["strides"] == [8, 16, 32, 64, 128]
+    assert metadata["class_names"][0] == "rectangle" and len(metadata["class_names"]) == 6
+    assert metadata["score"]["formula"] == "sqrt(sigmoid(logit) * sigmoid(centerness))"
+    assert [o["name"] for o in metadata["outputs"]][-1] == "image_idxs"
+    assert {"atss", "torch", "torchvision", "detectron2", "onnx_opset"} <= set(metadata["versions"])
 
 
 def test_wrong_number_of_class_names_is_refused():
     with pytest.raises(ValueError, match="2 class names, but the model has 3 classes"):
-        describe(tiny_detector(), "a.pt", "torchscript", class_names=["a", "b"])
+        collect_metadata(tiny_detector(), "a.pt", "torchscript", class_names=["a", "b"])
 
 
 def test_lazy_and_yaml_configs_have_the_same_resize_rule_and_names():

@@ -313,9 +313,10 @@ def test_assignment_and_loss_never_wait_for_the_gpu(box_loss):
         targets.classes.sum().item()  # the guard works
 
 
-def test_training_step_of_the_dense_core_never_waits_for_the_gpu():
+@pytest.mark.parametrize("box_offset", [0.0, 0.5])
+def test_training_step_of_the_dense_core_never_waits_for_the_gpu(box_offset):
     # Without the backbone's side: Detectron2's ImageList makes its sizes as tensors on the host.
-    model = tiny_detector().train()
+    model = tiny_detector(box_offset=box_offset).train()
     features = [torch.rand(2, 64, -(-64 // s), -(-96 // s)) for s in STRIDES]
     images = ImageList(torch.zeros(2, 3, 64, 96), [(64, 96), (64, 64)])
     gt_instances = [make_instances([[8, 8, 60, 50]], [1]), make_instances([], [])]
@@ -328,7 +329,7 @@ def test_training_step_of_the_dense_core_never_waits_for_the_gpu():
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_no_training_step_waits_on_a_gpu():
-    model = tiny_detector().train().cuda()
+    model = tiny_detector(box_offset=0.5).train().cuda()
     batch = [make_input(64, 96, [[8, 8, 60, 50]], [1]), make_input(64, 64)]
     sum(model(batch).values()).backward()  # compiles the loss, which may wait
     torch.cuda.set_sync_debug_mode("error")

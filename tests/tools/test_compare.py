@@ -50,6 +50,7 @@ def test_detectors_have_equal_backbones_and_their_results_are_written(trained, t
     compare.main(["detectors", *overrides, "--seconds", "1", "--output", str(tmp_path / "new")])
     assert all(cfg.model.backbone == trained[0].model.backbone for cfg in trained)
     assert [cfg.model.num_classes for cfg in trained] == [3] * len(names)
+    assert {cfg.dataloader.train.mapper.image_format for cfg in trained} == {"BGR"}
     rows = json.loads((tmp_path / "new/results.json").read_text())
     assert [row["model"] for row in rows] == names
     assert rows[0]["iterations"] == 7 and rows[0]["AP50"] == 12.3

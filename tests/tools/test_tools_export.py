@@ -9,14 +9,25 @@ import export_model
 import numpy as np
 import pytest
 import torch
-from atss.export.formats import export_onnx
-from atss.export.operators import MissingOperatorError, load_onnx
-from atss.export.samples import synthetic_image
+from atss.export import MissingOperatorError, export_onnx
+from atss.export.check import synthetic_image
+from atss.export.formats import load_onnx
 from atss.model_zoo import get
 from conftest import REPO, tiny_detector
 
 TOY = ["--zoo", "toy/atss_toy"]
 RANDOM = [*TOY, "--random-weights"]
+
+
+FAULTY_HEAD = """
+from atss.export import modules
+right_copy = modules.frozen_copy
+def faulty_copy(model, two_stage=False):
+    copied = right_copy(model, two_stage)
+    copied.proposal_generator.head.cls_logits.bias.add_(0.1)
+    return copied
+modules.frozen_copy = faulty_copy
+"""
 
 
 def run_tool(*arguments, before=""):
@@ -35,24 +46,23 @@ def test_yaml_config_exports_with_table_and_description(tmp_path):
     assert process.returncode == 0, process.stderr
     table = process.stdout.splitlines()
     assert "eager" in table[0] and all(line.endswith("ok") for line in table[1:5])
-    described = json.loads((tmp_path / "model.json").read_text())
+    described = json.loads((tmp_path / "toy.pt.json").read_text())
     assert described["file"] == "toy.pt" and described["input"]["shape"][0] == 2
     assert described["score"]["threshold"] == 0.2
     assert described["class_names"][0] == "rectangle"
-    assert {path.name for path in tmp_path.iterdir()} == {"toy.pt", "model.json"}
+    assert {path.name for path in tmp_path.iterdir()} == {"toy.pt", "toy.pt.json"}
     boxes, scores, _, image_idxs = torch.jit.load(tmp_path / "toy.pt")(torch.zeros(2, 3, 70, 90))
     assert len(boxes) == len(scores) == len(image_idxs)
 
 
 def test_file_that_differs_from_the_model_is_not_kept_and_exits_with_1(tmp_path):
-    # Nothing differs by less than -1 pixels.
-    before = "import atss.export.check; atss.export.check.BOX_TOLERANCE = -1.0"
     output = tmp_path / "toy.pt"
     output.write_bytes(b"earlier")
-    process = run_tool(*RANDOM, "--format", "torchscript", "--output", output, before=before)
+    process = run_tool(*RANDOM, "--format", "torchscript", "--output", output, before=FAULTY_HEAD)
 
     assert process.returncode == 1, process.stderr
     assert process.stdout.count("FAILED") == 4 and "not kept" in process.stdout
+    assert process.stdout.splitlines()[-1] == "First stage that differs: raw heads."
     assert output.read_bytes() == b"earlier" and len(list(tmp_path.iterdir())) == 1
 
 
@@ -72,7 +82,7 @@ def test_lazy_config_exports_weights_and_raw_heads(tmp_path):
     )
 
     assert code == 0
-    described = json.loads((tmp_path / "model.json").read_text())
+    described = json.loads((tmp_path / "raw.onnx.json").read_text())
     assert described["class_names"] == list("abcdef") and described["content"] == "raw heads"
     assert described["anchors_per_level"] == [96, 24, 6, 2, 1]
     session = load_onnx(tmp_path / "raw.onnx")
@@ -83,7 +93,7 @@ def test_lazy_config_exports_weights_and_raw_heads(tmp_path):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ([*RANDOM, "--output", "no/such/a.pt"], "no folder 'no/such'"),
+        ([*RANDOM, "--output", "{folder}/file/sub/a.pt"], "cannot be written"),
         ([*RANDOM, "--output", "{folder}/a.onnx"], "must end in '.pt'"),
         ([*RANDOM, "--output", "{folder}/dir.pt"], "cannot be written"),
         ([*RANDOM, "--output", "{folder}/a.pt", "--batch-size", "0"], "must be positive"),
@@ -116,12 +126,26 @@ def test_lazy_config_exports_weights_and_raw_heads(tmp_path):
 )
 def test_bad_input_is_refused_in_a_sentence(arguments, message, tmp_path, capsys):
     (tmp_path / "dir.pt").mkdir()
+    (tmp_path / "file").touch()
     arguments = [argument.format(folder=tmp_path) for argument in arguments]
     code = export_model.main(["--format", "torchscript", *arguments])
 
     assert code == 1
     assert message in capsys.readouterr().err
-    assert [path.name for path in tmp_path.iterdir()] == ["dir.pt"]
+    assert {path.name for path in tmp_path.iterdir()} == {"dir.pt", "file"}
+
+
+def test_exports_share_a_new_folder_and_say_when_nothing_was_compared(tmp_path, capsys):
+    arguments = [*RANDOM, "--format", "torchscript", "--size", "64", "96"]
+    for name in ("a.pt", "b.pt"):
+        output = ["--output", str(tmp_path / "new/folder" / name)]
+        assert export_model.main([*arguments, *output, "model.selector.score_thresh=0.9999"]) == 0
+
+    names = {path.name for path in (tmp_path / "new/folder").iterdir()}
+    assert names == {"a.pt", "a.pt.json", "b.pt", "b.pt.json"}
+    described = json.loads((tmp_path / "new/folder/a.pt.json").read_text())
+    assert described["file"] == "a.pt"
+    assert capsys.readouterr().out.count("so the comparison proves little. Pass a real") == 2
 
 
 def test_unknown_format_is_refused(capsys):

@@ -66,7 +66,7 @@ def step_cases(options: Options) -> Iterator[Case]:
         fold_batch_norms(folded)
         yield "norms folded", folded, None
         yield "and channels_last", _channels_last(folded), None
-        yield "and fused operators: prepared", prepare_for_inference(model), None
+        yield "and oneDNN operators: prepared", prepare_for_inference(model), None
         if has_fast_bfloat16(options.device):
             name = "as trained, channels_last, bfloat16 autocast"
             yield name, _channels_last(model), torch.bfloat16

@@ -1,8 +1,8 @@
 """Table 7, row 3: + ATSS, 3 scales, 3 ratios.
 
-AP50 57.6, AP75 42.7 in the paper. k times nine anchors per level are candidates. Our reading of the
-paper: sizes start from eight strides, as the release's generator makes them with ATSS, not from
-four.
+AP50 57.6, AP75 42.7 in the paper. An object has k times nine candidates per level. Our reading
+of the paper: sizes start from eight strides, as the release's generator makes them with ATSS, not
+from four.
 """
 
 from atss.assigners import ATSSAssigner

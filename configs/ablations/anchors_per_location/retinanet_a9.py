@@ -1,7 +1,7 @@
 """Table 7, row 1: RetinaNet (#A=9).
 
 AP50 55.2, AP75 38.8 in the paper. RetinaNet's own anchors: three sizes from four strides, three
-ratios. Our reading of the paper: everything else is the zero point's, as in Table 1.
+ratios. Our reading of the paper: everything else as in the zero point of Table 1.
 """
 
 from ..improvements.retinanet_a1 import dataloader, lr_multiplier, model, optimizer, train

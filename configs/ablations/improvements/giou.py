@@ -1,6 +1,7 @@
 """Table 1, row 3: + GIoU loss.
 
-Our reading of the paper: weight 2 as in the full method, per positive while there is no centerness.
+Our reading of the paper: weight 2 as in the full method, divided by the number of positives without
+centerness.
 """
 
 from .group_norm import dataloader, lr_multiplier, model, optimizer, train

@@ -1,6 +1,6 @@
 """Table 1, row 6: + Scalar, one per level.
 
-All five improvements: what remains to FCOS are the two differences of Table 2.
+All five improvements. The two differences that remain between this and FCOS are those of Table 2.
 """
 
 from .centerness import dataloader, lr_multiplier, model, optimizer, train

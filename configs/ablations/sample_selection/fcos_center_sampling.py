@@ -1,7 +1,7 @@
 """Table 3, row 4: FCOS + center sampling.
 
 AP50 57.4, AP75 41.4, APs 22.3, APm 42.5, APl 49.8 in the paper. Points within 1.5 strides of the
-object's centre: the approximate form of ATSS that FCOS took over (Sec. 4.2).
+object's centre: the approximate form of ATSS that FCOS adopted (Sec. 4.2).
 """
 
 from .fcos import dataloader, lr_multiplier, model, optimizer, train

@@ -1,7 +1,7 @@
 """Table 3, row 2: RetinaNet (#A=1) + ATSS.
 
-AP50 57.5, AP75 42.8, APs 24.3, APm 43.3, APl 51.3 in the paper. The full method, built from the
-zero point upwards: it equals coco/atss_R_50_FPN_1x.py.
+AP50 57.5, AP75 42.8, APs 24.3, APm 43.3, APl 51.3 in the paper. The full method, built up from
+the zero point: it equals coco/atss_R_50_FPN_1x.py.
 """
 
 from atss.assigners import ATSSAssigner

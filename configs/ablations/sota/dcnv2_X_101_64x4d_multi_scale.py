@@ -1,9 +1,9 @@
 """Table 8, row 8: X-101-64x4d-DCN, multi-scale testing.
 
-AP50 68.9, AP75 56.3, APs 33.2, APm 52.9, APl 62.4 in the paper. The preset is
-`atss.tta.release_views`: 13 scales with the size ranges they are trusted with, mirrored, merged by
-soft voting; that is what `train.tta` stands for while its min_sizes is None. It takes effect with
---eval-only.
+AP50 68.9, AP75 56.3, APs 33.2, APm 52.9, APl 62.4 in the paper. Its views are
+those of `atss.tta.release_views`: 13 scales, each for a range of object sizes, and their mirror
+images, merged by soft voting. `train.tta` means them where its min_sizes is None. It takes effect
+with --eval-only.
 """
 
 from .dcnv2_X_101_64x4d import dataloader, lr_multiplier, model, optimizer, train

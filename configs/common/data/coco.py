@@ -1,4 +1,4 @@
-"""COCO 2017 as the paper trains on it: short edge 800, long edge at most 1333, horizontal flip.
+"""COCO 2017 in the paper's sizes: short edge 800, long edge at most 1333, horizontal flip.
 
 `multi_scale_resize` is the resize of the 2x recipe: every integer short edge from 640 to 800.
 """
@@ -25,7 +25,7 @@ dataloader.train = L(build_detection_train_loader)(
             L(T.ResizeShortestEdge)(short_edge_length=[800], sample_style="choice", max_size=1333),
             L(T.RandomFlip)(horizontal=True),
         ],
-        image_format="BGR",
+        image_format="${model.input_format}",
         use_instance_mask=False,
     ),
     total_batch_size=16,
@@ -37,7 +37,7 @@ dataloader.test = L(build_detection_test_loader)(
     mapper=L(NamingMapper)(
         is_train=False,
         augmentations=[L(T.ResizeShortestEdge)(short_edge_length=800, max_size=1333)],
-        image_format="${...train.mapper.image_format}",
+        image_format="${model.input_format}",
     ),
     num_workers=4,
 )
@@ -48,7 +48,7 @@ dataloader.evaluator = L(coco_evaluator)(
     output_dir="${train.output_dir}/inference",
 )
 
-# Both ends belong to the range: with sample_style="range" the size is drawn from 640..800.
+# With sample_style="range" the short edge is drawn from 640 to 800, both included.
 multi_scale_resize = L(T.ResizeShortestEdge)(
     short_edge_length=[640, 800], sample_style="range", max_size=1333
 )

@@ -1,11 +1,11 @@
 """The full method: ATSS with every improvement on ResNet-50 (Table 3, last rows).
 
-Each part is one entry of `model`, and changing it is one line:
+Each axis of the paper is one place in the package and one entry of `model`, changed in one line:
 
-Axis 1 of 4: which anchors are positive.         `model.assigner`
-Axis 2 of 4: where regression starts.            `model.box2box_transform`
-Axis 3 of 4: the head and its losses.            `model.head`, `model.loss`
-Axis 4 of 4: how many anchors a location has.    `model.anchor_generator`
+Axis 1 of 4: which anchors are positive.         `assigners/`          `model.assigner`
+Axis 2 of 4: where regression starts.            `box_regression.py`   `model.box2box_transform`
+Axis 3 of 4: the head and its losses.            `head.py`, `losses/`  `model.head`, `model.loss`
+Axis 4 of 4: how many anchors a location has.    `anchors.py`          `model.anchor_generator`
 """
 
 from atss.anchors import GridAnchorGenerator, octave_sizes
@@ -60,7 +60,7 @@ model = L(build_detector)(
         nms_thresh=0.6,
         detections_per_image=100,
     ),
-    # The mean of the MSRA weights, whose first convolution has taken up the deviation.
+    # Mean of the MSRA weights; the deviation is folded into their first convolution.
     pixel_mean=[102.9801, 115.9465, 122.7717],
     pixel_std=[1.0, 1.0, 1.0],
     input_format="BGR",

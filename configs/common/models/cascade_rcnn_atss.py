@@ -1,4 +1,4 @@
-"""Cascade R-CNN whose first stage is ATSS: three box heads of rising IoU behind it."""
+"""Cascade R-CNN whose first stage is ATSS, with three box heads of rising IoU thresholds."""
 
 from detectron2.config import LazyCall as L
 from detectron2.layers import ShapeSpec

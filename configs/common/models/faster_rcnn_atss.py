@@ -1,4 +1,4 @@
-"""Faster R-CNN whose first stage is ATSS instead of an RPN. Not in the paper.
+"""Faster R-CNN whose first stage is ATSS in place of an RPN. Not in the paper.
 
 The second stage is Detectron2's: ROIAlign on P2 to P5, two fully connected layers.
 """

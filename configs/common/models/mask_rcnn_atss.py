@@ -1,4 +1,4 @@
-"""Mask R-CNN whose first stage is ATSS: the Faster R-CNN of faster_rcnn_atss.py and a mask head."""
+"""Mask R-CNN whose first stage is ATSS: faster_rcnn_atss.py with a mask head."""
 
 from detectron2.config import LazyCall as L
 from detectron2.layers import ShapeSpec

@@ -1,8 +1,8 @@
 """The zero point of every study: RetinaNet with one 8S square per location (Table 1, first row).
 
 Positives by IoU, boxes regressed from anchors with smooth L1, and none of the improvements of
-axis 3. Backbone, pyramid and test-time settings are those of the full method, atss.py, which this
-file starts from.
+Table 1. It starts from the full method, atss.py, whose backbone, pyramid and test-time settings it
+keeps.
 """
 
 from atss.assigners import IoUAssigner
@@ -11,7 +11,7 @@ from detectron2.config import LazyCall as L
 
 from .atss import model
 
-# "In GT Box" is a switch of the rule: without it, every anchor may be positive.
+# "+ In GT Box" (Table 1) is an argument of the rule; without it, any anchor may be positive.
 model.assigner = L(IoUAssigner)(
     thresholds=[0.4, 0.5], allow_low_quality_matches=True, center_in_gt=False
 )

@@ -17,6 +17,7 @@ from detectron2.modeling.backbone.resnet import BasicBlock, BottleneckBlock
 
 from .checks import check_choice
 from .layers import DeformConv2d, split_offsets
+from .stored_settings import StoresSettings
 
 _BLOCKS_PER_STAGE = {
     18: (2, 2, 2, 2),
@@ -33,16 +34,28 @@ class P6P7FromP5(LastLevelP6P7):
     Args:
         channels: channels of the pyramid.
         relu_before_p7: pass P6 through a ReLU before P7, as the authors do; mmdetection does not.
+        num_levels: 2, or 1 for P6 alone.
     """
 
-    def __init__(self, channels: int, relu_before_p7: bool = True):
+    def __init__(self, channels: int, relu_before_p7: bool = True, num_levels: int = 2):
         super().__init__(channels, channels, in_feature="p5")
         self.relu_before_p7 = relu_before_p7
+        self.num_levels = num_levels
+        if num_levels == 1:
+            del self.p7
 
     def forward(self, p5: Tensor) -> List[Tensor]:
         """P5 (N, C, H, W) to [P6, P7], each half the size of the one before."""
         p6 = self.p6(p5)
+        if self.num_levels == 1:
+            return [p6]
         return [p6, self.p7(F.relu(p6) if self.relu_before_p7 else p6)]
+
+
+class ResNetFPN(StoresSettings, FPN):
+    """Detectron2's `FPN` on its `ResNet`, which keeps its settings with its weights."""
+
+    settings_owner = "backbone"
 
 
 class DeformBottleneckBlock(BottleneckBlock):
@@ -117,7 +130,8 @@ def resnet_fpn(
     deform_num_groups: int = 1,
     in_features: Sequence[str] = ("res3", "res4", "res5"),
     frozen_bn_eps: float = 1e-5,
-) -> FPN:
+    num_top_levels: int = 2,
+) -> ResNetFPN:
     """Backbone with feature maps "p3" to "p7" (strides 8 to 128), and "p2" for two-stage models.
 
     Args:
@@ -139,6 +153,8 @@ def resnet_fpn(
         deform_modulated, deform_num_groups: see `DeformBottleneckBlock`.
         in_features: stages that get a pyramid level; "res2" adds a "p2".
         frozen_bn_eps: added to the variance of "FrozenBN"; the authors' release has 0.
+        num_top_levels: levels above "p5": 2 for "p6" and "p7", 1 for "p6". As many as somebody
+            looks at: others would get no gradient.
 
     Returns:
         Detectron2's `FPN`; its parameters have Detectron2's names, so zoo weights load.
@@ -147,6 +163,8 @@ def resnet_fpn(
         ValueError: for an unknown depth, or stages that do not fit it.
     """
     check_choice("resnet_fpn", "depth", depth, _BLOCKS_PER_STAGE, "model.backbone.depth")
+    key = "model.backbone.num_top_levels"
+    check_choice("resnet_fpn", "num_top_levels", num_top_levels, (0, 1, 2), key)
     if len(deform_on_per_stage) != 4 or (depth < 50 and any(deform_on_per_stage)):
         raise ValueError(
             "model.backbone.deform_on_per_stage (MODEL.RESNETS.DEFORM_ON_PER_STAGE) has one value "
@@ -190,19 +208,23 @@ def resnet_fpn(
     for module in bottom_up.modules():
         if isinstance(module, FrozenBatchNorm2d):
             module.eps = frozen_bn_eps
-    return FPN(
+    top_block = None
+    if num_top_levels:
+        top_block = P6P7FromP5(out_channels, relu_before_p7, num_top_levels)
+    return ResNetFPN(
         bottom_up,
         in_features=list(in_features),
         out_channels=out_channels,
         norm=fpn_norm,
-        top_block=P6P7FromP5(out_channels, relu_before_p7),
+        top_block=top_block,
     )
 
 
 @BACKBONE_REGISTRY.register()
-def build_atss_resnet_fpn_backbone(cfg, input_shape: ShapeSpec) -> FPN:
-    """`resnet_fpn` from the keys that Detectron2's own backbones read."""
+def build_atss_resnet_fpn_backbone(cfg, input_shape: ShapeSpec) -> ResNetFPN:
+    """`resnet_fpn` from the keys of Detectron2's own backbones, up to the level that ATSS needs."""
     resnets = cfg.MODEL.RESNETS
+    above_p5 = set(cfg.MODEL.ATSS.IN_FEATURES) - {"p2", "p3", "p4", "p5"}
     return resnet_fpn(
         depth=resnets.DEPTH,
         norm=resnets.NORM,
@@ -221,4 +243,5 @@ def build_atss_resnet_fpn_backbone(cfg, input_shape: ShapeSpec) -> FPN:
         deform_num_groups=resnets.DEFORM_NUM_GROUPS,
         in_features=cfg.MODEL.FPN.IN_FEATURES or ["res3", "res4", "res5"],
         frozen_bn_eps=cfg.MODEL.ATSS.FROZEN_BN_EPS,
+        num_top_levels=2 if above_p5 - {"p6"} else len(above_p5),
     )

@@ -14,6 +14,9 @@ from detectron2.modeling.box_regression import Box2BoxTransform as _Detectron2Bo
 
 from .geometry import box_centers, ltrb_distances
 
+# Pixels: the logarithm of a side is finite. Detectron2 takes boxes as thin as this as empty.
+_LEAST_SIDE = 1e-5
+
 
 class Box2BoxTransform(_Detectron2Box2BoxTransform):
     """Detectron2's transform, except that encoding does not wait for the GPU.
@@ -39,13 +42,13 @@ class Box2BoxTransform(_Detectron2Box2BoxTransform):
 
         Args:
             src_boxes: (..., 4) anchors xyxy in pixels, of positive width and height.
-            target_boxes: (..., 4) boxes xyxy in pixels, of positive width and height.
+            target_boxes: (..., 4) boxes xyxy in pixels; sides below 1e-5 count as 1e-5.
 
         Returns:
-            (..., 4) deltas, times the weights.
+            (..., 4) finite deltas, times the weights.
         """
         src_sizes = src_boxes[..., 2:] - src_boxes[..., :2]
-        target_sizes = target_boxes[..., 2:] - target_boxes[..., :2]
+        target_sizes = (target_boxes[..., 2:] - target_boxes[..., :2]).clamp(min=_LEAST_SIDE)
         shifts = (box_centers(target_boxes) - box_centers(src_boxes)) / src_sizes
         dx, dy = shifts.unbind(dim=-1)
         dw, dh = torch.log(target_sizes / src_sizes).unbind(dim=-1)

@@ -1,5 +1,6 @@
 """The one-stage detector: images in, instances out."""
 
+import inspect
 from typing import Dict, List, Optional, Sequence, Tuple
 
 import torch
@@ -13,14 +14,19 @@ from detectron2.modeling.postprocessing import detector_postprocess
 from detectron2.structures import Boxes, ImageList, Instances
 from detectron2.utils.events import get_event_storage
 
+from .backbone import P6P7FromP5
 from .build import build_parts
 from .device import instances_to_device, to_device
 from .postprocessing.traceable import move_like
 from .proposal_generator import ATSS
+from .stored_settings import StoresSettings, turn_channels
+
+# Pixels; a coordinate beyond is an error, and the areas of such boxes would overflow.
+_FURTHEST = 1e6
 
 
 @META_ARCH_REGISTRY.register()
-class ATSSDetector(nn.Module):
+class ATSSDetector(StoresSettings, nn.Module):
     """One-stage detector: a backbone and the dense core on top of it.
 
     Args:
@@ -32,6 +38,8 @@ class ATSSDetector(nn.Module):
         vis_period: every so many iterations, draw ground truth and detections into the event
             storage; 0 disables.
     """
+
+    settings_owner = ""
 
     @configurable
     def __init__(
@@ -50,13 +58,22 @@ class ATSSDetector(nn.Module):
                 f"pixel_mean has {len(pixel_mean)} channels, pixel_std {len(pixel_std)}; they need "
                 "one value per channel of the input."
             )
+        top_block = getattr(backbone, "top_block", None)
+        in_features = set(proposal_generator.in_features)
+        if isinstance(top_block, P6P7FromP5) and in_features < set(backbone.output_shape()):
+            raise ValueError(
+                f"model.in_features {sorted(in_features)} leaves out "
+                f"{sorted(set(backbone.output_shape()) - in_features)} of the backbone, whose "
+                "weights would get no gradient. Lower model.backbone.num_top_levels (2: p6, p7), "
+                "or leave a stage out of model.backbone.in_features (MODEL.FPN.IN_FEATURES)."
+            )
         self.backbone = backbone
         self.proposal_generator = proposal_generator
         self.input_format = input_format
         self.vis_period = vis_period
         mean, std = torch.tensor(list(pixel_mean)), torch.tensor(list(pixel_std))
-        self.register_buffer("pixel_mean", mean.view(-1, 1, 1), persistent=False)
-        self.register_buffer("pixel_std", std.view(-1, 1, 1), persistent=False)
+        self.register_buffer("pixel_mean", mean.view(-1, 1, 1))
+        self.register_buffer("pixel_std", std.view(-1, 1, 1))
 
     @classmethod
     def from_config(cls, cfg):
@@ -74,6 +91,13 @@ class ATSSDetector(nn.Module):
     def device(self) -> torch.device:
         return self.pixel_mean.device
 
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, *others):
+        turn_channels(state_dict, self.input_format, prefix)
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, *others)
+        for name in ("pixel_mean", "pixel_std"):  # weights of version 0.1 leave them to the config
+            if prefix + name in missing:
+                missing.remove(prefix + name)
+
     def forward(self, batched_inputs: List[Dict]):
         """Train on or detect in a batch of images.
 
@@ -88,7 +112,7 @@ class ATSSDetector(nn.Module):
 
         Raises:
             ValueError: for ground truth that is missing, not finite, inverted or of a class that
-                does not exist.
+                does not exist, or images with another number of channels than the model has.
         """
         images = self.preprocess_image(batched_inputs)
         if not self.training:
@@ -106,13 +130,36 @@ class ATSSDetector(nn.Module):
         return losses
 
     def preprocess_image(self, batched_inputs: List[Dict]) -> ImageList:
-        """Normalise the images, pad them to one size that the strides divide."""
+        """Normalise the images, pad them to one size that the backbone takes.
+
+        Raises:
+            ValueError: for an image that is larger than the square a backbone pads to.
+        """
         if torch.jit.is_tracing():
             images = [move_like(x["image"], self.pixel_mean) for x in batched_inputs]
         else:
+            num_channels = len(self.pixel_mean)
+            for i, inputs in enumerate(batched_inputs):
+                shape = tuple(inputs["image"].shape)
+                if len(shape) != 3 or shape[0] != num_channels:
+                    raise ValueError(
+                        f"Image {inputs.get('image_id', i)!r} of the batch has the shape {shape}, "
+                        f"but the model takes ({num_channels}, height, width). Read images in the "
+                        f"format of model.input_format (INPUT.FORMAT), {self.input_format!r}."
+                    )
             images = [to_device(x["image"], self.device) for x in batched_inputs]
         images = [(x - self.pixel_mean) / self.pixel_std for x in images]
-        return ImageList.from_tensors(images, self.backbone.size_divisibility)
+        divisor, is_square = padding_rule(self.backbone)
+        if is_square and not torch.jit.is_tracing():
+            height, width = (max(x.shape[axis] for x in images) for axis in (-2, -1))
+            if max(height, width) > divisor:
+                raise ValueError(
+                    f"The backbone pads images to a square of {divisor} px, but the batch has "
+                    f"{height}x{width} px. Resize images to fit (long edge in the dataloader's "
+                    "augmentations, INPUT.MAX_SIZE_TRAIN and MAX_SIZE_TEST), or give the backbone "
+                    "a larger square_pad."
+                )
+        return ImageList.from_tensors(images, divisor)
 
     def visualize_training(
         self, batched_inputs: List[Dict], images: ImageList, features: Dict[str, Tensor]
@@ -162,6 +209,28 @@ class ATSSDetector(nn.Module):
         return processed
 
 
+def padding_rule(backbone: Backbone) -> Tuple[int, bool]:
+    """What the sides of padded images have to be, on every version of Detectron2.
+
+    After 0.6, backbones may have `padding_constraints` beside `size_divisibility`: a divisor that
+    replaces it, and a square that images are padded to. Images within a square are padded to it by
+    padding to multiples of its side.
+
+    Args:
+        backbone: images -> feature maps by name.
+
+    Returns:
+        What height and width in pixels must be multiples of, and whether both must equal it.
+    """
+    constraints = getattr(backbone, "padding_constraints", {})
+    divisor = backbone.size_divisibility
+    # The second is how Detectron2's SimpleFeaturePyramid spells it; its size_divisibility is 0.
+    for key in ("size_divisibility", "size_divisiblity"):
+        divisor = constraints.get(key, divisor)
+    divisor, square = max(divisor, 1), constraints.get("square_size", 0)
+    return -(-max(square, 1) // divisor) * divisor, square > 0
+
+
 def _boxes_on_host(batched_inputs: List[Dict]) -> Optional[List[Boxes]]:
     """Ground-truth boxes as the loader gives them, if they are on the CPU."""
     gt_boxes = [inputs["instances"].gt_boxes for inputs in batched_inputs]
@@ -186,12 +255,14 @@ def check_gt_instances(instances: Instances, num_classes: int, image_id: Optiona
     boxes = instances.gt_boxes.tensor
     if boxes.device.type != "cpu" or len(boxes) == 0:
         return
-    is_bad = ~torch.isfinite(boxes).all(dim=1) | (boxes[:, 2:] < boxes[:, :2]).any(dim=1)
+    # Not the other way round: comparisons with NaN are false.
+    is_bad = ~(boxes.abs() <= _FURTHEST).all(dim=1) | (boxes[:, 2:] < boxes[:, :2]).any(dim=1)
     if is_bad.any():
         i = int(is_bad.nonzero()[0])
         raise ValueError(
             f"Ground-truth box {i} of image {image_id!r} is {boxes[i].tolist()}; boxes need finite "
-            "x1 <= x2 and y1 <= y2 in pixels. Check the annotations and the augmentations."
+            f"x1 <= x2 and y1 <= y2 in pixels, within {_FURTHEST:.0f} px. Check the annotations "
+            "and the augmentations."
         )
     classes = instances.gt_classes
     is_bad = (classes < 0) | (classes >= num_classes)
@@ -218,7 +289,14 @@ def build_detector(
     Args:
         backbone, pixel_mean, pixel_std, input_format, vis_period: see `ATSSDetector`.
         **parts: keyword arguments of `ATSS`: head, anchor_generator, assigner, ...
+
+    Raises:
+        ValueError: for a part that `ATSS` does not have.
     """
+    known = list(inspect.signature(ATSS).parameters)
+    unknown = [name for name in parts if name not in known]
+    if unknown:
+        raise ValueError(f"model.{unknown[0]} is no part of the detector; its parts are {known}.")
     return ATSSDetector(
         backbone=backbone,
         proposal_generator=ATSS(**parts),

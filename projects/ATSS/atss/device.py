@@ -1,11 +1,11 @@
-"""Copies between host and device without waiting, compiled or not, fast bfloat16 or not.
+"""Copies between host and device without waiting, and what a device and its torch can do.
 
 A copy from ordinary, pageable memory waits for all work that is queued on the GPU; one from pinned
 memory does not.
 """
 
 import warnings
-from typing import Any, Callable, Optional, Sequence
+from typing import Any, Callable, Optional, Sequence, Set
 
 import torch
 from torch import Tensor, nn
@@ -143,13 +143,37 @@ def is_compiling() -> bool:
 def has_fast_bfloat16(device: torch.device) -> bool:
     """Whether bfloat16 is faster than float32 on a device, by its instruction set."""
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported()
+        # From Ampere on. `torch.cuda.is_bf16_supported` also counts emulation, which is slow.
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    return not _cpu_features().isdisjoint(("avx512_bf16", "amx_bf16"))
+
+
+def to_channels_last(model: nn.Module) -> nn.Module:
+    """A model with channels last in memory, changed in place, where that cannot crash.
+
+    Raises:
+        ValueError: for a convolution that ends the process on this CPU.
+    """
+    device = next(model.parameters()).device
+    version = tuple(int(part) for part in torch.__version__.split(".")[:2])
+    if device.type == "cpu" and version >= (2, 15) and "amx_tile" in _cpu_features():
+        for name, module in model.named_modules():
+            is_conv = isinstance(module, nn.Conv2d)
+            window = (module.in_channels, module.kernel_size, module.stride) if is_conv else None
+            if window == (8, (1, 1), (2, 2)):
+                raise ValueError(
+                    f"torch {torch.__version__} crashes on CPUs with AMX in {name}, a 1x1 "
+                    "convolution of 8 channels with stride 2, if channels come last. Set train."
+                    "channels_last and train.prepare.channels_last (SOLVER.CHANNELS_LAST, TEST."
+                    "PREPARE.CHANNELS_LAST) to False, or give model.backbone more channels."
+                )
+    return model.to(memory_format=torch.channels_last)
+
+
+def _cpu_features() -> Set[str]:
     try:
         with open("/proc/cpuinfo") as file:
-            return any(
-                "avx512_bf16" in line or "amx_bf16" in line
-                for line in file
-                if line.startswith("flags")
-            )
+            lines = (line.split() for line in file if line.startswith("flags"))
+            return set(next(lines, ()))
     except OSError:
-        return False
+        return set()

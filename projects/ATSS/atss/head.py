@@ -38,7 +38,8 @@ class ATSSHead(nn.Module):
         num_levels: L, as many scales are made.
         num_convs: convolutions in each tower.
         norm: normalisation after each of them, by Detectron2's names; "" for none. "GN" has 32
-            groups. Batch statistics ("BN", "SyncBN") are shared over levels.
+            groups, of one channel each where `in_channels` is 32, which is instance norm. Batch
+            statistics ("BN", "SyncBN") are shared over levels.
         centerness: predict centerness.
         level_scales: multiply the deltas of each level with a learned factor.
         deformable: make the last convolution of both towers deformable, DCNv2.
@@ -92,6 +93,8 @@ class ATSSHead(nn.Module):
         self.num_classes = num_classes
         self.num_anchors = num_anchors
         self.num_levels = num_levels
+        self.bbox_bias = bbox_bias
+        self._has_groups_of_one = norm == "GN" and in_channels == 32 and num_convs > 0
 
         def make_tower() -> nn.Sequential:
             layers: List[nn.Module] = []
@@ -129,8 +132,18 @@ class ATSSHead(nn.Module):
 
         Returns:
             `DensePredictions`, L tensors each.
+
+        Raises:
+            ValueError: for GroupNorm of single channels on a single value of each.
         """
         assert len(features) == self.num_levels, (len(features), self.num_levels)
+        if self._has_groups_of_one and features[-1].numel() == features[-1].shape[1]:
+            raise ValueError(
+                "GroupNorm's 32 groups of a head with 32 channels have one value each on a level "
+                "of 1x1, as P7 of an image up to 128 px is. Give model.backbone.out_channels "
+                "(MODEL.FPN.OUT_CHANNELS) 64, model.head.norm (MODEL.ATSS.HEAD.NORM) '', or larger "
+                "images."
+            )
         logits: List[Tensor] = []
         deltas: List[Tensor] = []
         centerness: List[Tensor] = []

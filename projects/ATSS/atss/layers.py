@@ -313,6 +313,8 @@ def _detectron2_deform_conv(
     bias: Optional[Tensor],
 ) -> Tensor:
     """Detectron2's CUDA kernels, for tensors of one type; shapes as in `DeformConv2d.forward`."""
+    # The kernels read memory as if it were contiguous; of offset and mask they do not check it.
+    x, offset, weight = x.contiguous(), offset.contiguous(), weight.contiguous()
     window, groups = (layer.stride, layer.padding, layer.dilation), layer.groups
     if mask is None:
         options = (*window, groups, layer.deformable_groups)
@@ -324,4 +326,4 @@ def _detectron2_deform_conv(
             f"axes, got {window}. Call set_deform_kernel('torchvision')."
         )
     options = (*(first for first, _ in window), groups, layer.deformable_groups)
-    return d2_deform.modulated_deform_conv(x, offset, mask, weight, bias, *options)
+    return d2_deform.modulated_deform_conv(x, offset, mask.contiguous(), weight, bias, *options)

@@ -11,10 +11,12 @@ from torch import nn
 from detectron2.config import LazyConfig, instantiate
 
 from .checkpoint import (
+    OVERRIDES_KEY,
     ATSSCheckpointer,
     convert_checkpoint,
     fetch,
     load_or_resume,
+    override_weights,
     read_checkpoint,
     write_checkpoint,
 )
@@ -117,7 +119,8 @@ def _converted(url: str) -> str:
     )
     if not is_new:
         converted = convert_checkpoint(read_checkpoint(path))
-        content = {"model": converted.state_dict, "atss_overrides": converted.overrides}
+        weights = override_weights(converted.state_dict, converted.overrides)
+        content = {"model": weights, OVERRIDES_KEY: converted.overrides}
         try:
             write_checkpoint(content, converted_path)
         except OSError:

@@ -151,8 +151,11 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, levels: Tensor, offsets: Tensor, starts: Tensor, *values: Tensor) -> Tensor:
-        ctx.save_for_backward(starts + offsets)
+        positions = starts + offsets
+        ctx.save_for_backward(positions)
         ctx.sizes = [x.numel() for x in values]
+        if offsets.numel() >= sum(ctx.sizes):  # then joining the levels costs less than the search
+            return torch.cat(values).index_select(0, positions.view(-1)).view(offsets.shape)
         result = values[0].new_zeros(offsets.shape)
         for i, level in enumerate(values):
             is_here = levels == i

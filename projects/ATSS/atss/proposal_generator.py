@@ -18,11 +18,12 @@ from .geometry import box_areas
 from .losses import DenseLoss
 from .postprocessing import DetectionSelector, ProposalSelector
 from .predictions import DensePredictions, PredictionsAt
+from .stored_settings import StoresSettings
 from .targets import Targets, label_anchors
 
 
 @PROPOSAL_GENERATOR_REGISTRY.register()
-class ATSS(nn.Module):
+class ATSS(StoresSettings, nn.Module):
     """Dense detection core, made of independent parts that are built outside.
 
     Args:
@@ -36,14 +37,16 @@ class ATSS(nn.Module):
             of a two-stage detector: it returns class-agnostic proposals, in training too, and
             prefixes its losses.
         in_features: names of the feature maps to use, from high to low resolution.
-        box_offset: pixels added to x and y of decoded boxes, 0.5 for converted weights of the
-            authors.
+        box_offset: pixels added to x and y of decoded boxes, and taken from those of the ground
+            truth in training; 0.5 for converted weights of the authors.
         stats_period: every so many iterations, log positives per image and objects without
             positives (this waits for the GPU); 0 disables.
 
     Raises:
         ValueError: where parts do not fit each other, saying which config entry to change.
     """
+
+    settings_owner = "proposal_generator"
 
     @configurable
     def __init__(
@@ -134,6 +137,7 @@ class ATSS(nn.Module):
             self.num_classes,
             PredictionsAt(predictions, anchors, self.box2box_transform),
             gt_boxes_on_host,
+            self.box_offset,
         )
         self._log_statistics(targets)
         losses = self.loss(predictions, anchors, targets)
@@ -196,6 +200,19 @@ def _check_parts(head, anchor_generator, box2box_transform, loss, num_classes, i
                     f"{stride} are {scale:g} strides large. Make model.box2box_transform."
                     "anchor_scale (MODEL.ATSS.BOX2BOX_TRANSFORM.ANCHOR_SCALE) equal to it."
                 )
+        if not getattr(head, "bbox_bias", 1) > 0:
+            raise ValueError(
+                "PointToBoxTransform takes negative distances as 0, without a gradient, so the "
+                f"head must start above: its bbox_bias is {head.bbox_bias}. Make model.head."
+                "bbox_bias (MODEL.ATSS.HEAD.BBOX_BIAS) 4, half the width of an 8-stride anchor."
+            )
+    theirs = getattr(loss, "box2box_transform", box2box_transform)
+    if not _is_same(theirs, box2box_transform):
+        raise ValueError(
+            f"The loss has a {type(theirs).__name__} with {vars(theirs)}, the detector a "
+            f"{type(box2box_transform).__name__} with {vars(box2box_transform)}. Make model.loss."
+            "box2box_transform '${..box2box_transform}', and change model.box2box_transform only."
+        )
     facts = (
         ("head.num_anchors", getattr(head, "num_anchors", num_anchors), num_anchors,
          "anchors per location of anchor_generator"),
@@ -217,6 +234,11 @@ def _check_parts(head, anchor_generator, box2box_transform, loss, num_classes, i
             "train it. Set model.head.centerness (MODEL.ATSS.HEAD.CENTERNESS) to False, or "
             "model.loss.quality to 'centerness' or 'iou'."
         )
+
+
+def _is_same(part: object, other: object) -> bool:
+    """Whether two parts are one or equal: a LazyConfig makes an object at each mention."""
+    return part == other or (type(part) is type(other) and str(vars(part)) == str(vars(other)))
 
 
 def _check_strides(

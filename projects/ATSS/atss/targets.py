@@ -39,6 +39,7 @@ def label_anchors(
     num_classes: int,
     predictions: Optional[PredictionsAt] = None,
     gt_boxes_on_host: Optional[Sequence[Boxes]] = None,
+    box_offset: float = 0.0,
 ) -> Targets:
     """Assign the anchors of a batch and look up what each sample has to learn.
 
@@ -49,11 +50,13 @@ def label_anchors(
         num_classes: K. With 1 all objects are of class 0, as a proposal generator wants them.
         predictions: for rules that look at them.
         gt_boxes_on_host: the same boxes on the CPU where somebody has them, for those rules.
+        box_offset: pixels that decoded boxes are moved by in evaluation; what the network has to
+            say lies as far up and left of the truth.
 
     Returns:
         `Targets` of S samples.
     """
-    gt_boxes = [instances.gt_boxes for instances in gt_instances]
+    gt_boxes = _moved_back([instances.gt_boxes for instances in gt_instances], box_offset)
     if num_classes == 1:
         gt_classes = [boxes.tensor.new_zeros(len(boxes), dtype=torch.int64) for boxes in gt_boxes]
     else:
@@ -66,7 +69,7 @@ def label_anchors(
                 gt_boxes,
                 gt_classes=gt_classes,
                 predictions=predictions,
-                gt_boxes_on_host=gt_boxes_on_host,
+                gt_boxes_on_host=gt_boxes_on_host and _moved_back(gt_boxes_on_host, box_offset),
             )
     else:
         assignment = assigner(anchors, gt_boxes)
@@ -74,6 +77,10 @@ def label_anchors(
     boxes = concatenate_boxes(gt_boxes, object_idxs.device)
     classes = torch.cat([to_device(x, object_idxs.device) for x in gt_classes])
     return Targets(assignment, classes[object_idxs], boxes[object_idxs])
+
+
+def _moved_back(gt_boxes: Sequence[Boxes], offset: float) -> Sequence[Boxes]:
+    return [Boxes(boxes.tensor - offset) for boxes in gt_boxes] if offset else gt_boxes
 
 
 def centerness_targets(anchors: Tensor, boxes: Tensor) -> Tensor:

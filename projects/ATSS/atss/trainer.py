@@ -15,7 +15,6 @@ from detectron2.evaluation import COCOEvaluator
 from detectron2.solver.build import maybe_add_gradient_clipping
 from detectron2.utils import comm
 
-from .checkpoint import ATSSCheckpointer, load_or_resume
 from .data import NamingMapper, load_dataset_dicts
 from .optimizer import get_optimizer_params
 from .training.configs import get_setting
@@ -24,6 +23,8 @@ from .training.runs import (
     build_step_trainer,
     evaluate_checkpoint,
     evaluate_with_tta,
+    load_for_training,
+    make_checkpointer,
     say_if_finished,
 )
 
@@ -54,9 +55,7 @@ class Trainer(DefaultTrainer):
 
         self._trainer = build_step_trainer(cfg, model, data_loader, optimizer)
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
-        self.checkpointer = ATSSCheckpointer(
-            self._trainer.model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self)
-        )
+        self.checkpointer = make_checkpointer(cfg, self._trainer.model, trainer=weakref.proxy(self))
         self.start_iter = 0
         self.max_iter = cfg.SOLVER.MAX_ITER
         self.cfg = cfg
@@ -101,6 +100,7 @@ class Trainer(DefaultTrainer):
             cfg.DATASETS.TRAIN,
             get_setting(cfg, "num_classes"),
             cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
+            cfg.MODEL.MASK_ON,
         )
         return build_detection_train_loader(cfg, dataset=dataset, mapper=NamingMapper(cfg, True))
 
@@ -136,9 +136,9 @@ class Trainer(DefaultTrainer):
 
         Raises:
             FileNotFoundError: nothing to resume, or no such weights.
-            ValueError: weights that match no parameter.
+            ValueError: weights that match no parameter, or of which some is missing to resume.
         """
-        load_or_resume(self.checkpointer, self.cfg.MODEL.WEIGHTS, resume)
+        load_for_training(self.cfg, self.checkpointer, resume)
         if resume:
             # A checkpoint holds the iteration that was just finished.
             self.start_iter = self.iter + 1

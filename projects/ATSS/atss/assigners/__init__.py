@@ -9,6 +9,7 @@ from .assignment import (
     Assignment,
     PredictionAssigner,
     assign_all_anchors,
+    concatenate_boxes,
     images_of_objects,
     resolve_claims,
 )
@@ -30,6 +31,7 @@ __all__ = [
     "TopKAssigner",
     "adaptive_threshold",
     "assign_all_anchors",
+    "concatenate_boxes",
     "images_of_objects",
     "resolve_claims",
 ]

@@ -4,7 +4,6 @@ The first half of ATSS's rule. On a lattice the answer is computed from the posi
 `nearest_anchors` does a full search, for anchors that are not on a lattice.
 """
 
-import itertools
 import math
 from functools import cache
 from typing import List, NamedTuple, Sequence, Tuple
@@ -176,10 +175,10 @@ def _window_ranks(topk: int) -> Tuple[Tuple[int, ...], Tuple[int, ...]]:
     farther, so only a*b <= k can qualify: 23 pairs for k = 9. Rounding may swap neighbouring ranks,
     so one rank of margin is kept: 31 pairs.
     """
-    ranks = range(1, topk + 2)
     pairs = [
         (a - 1, b - 1)
-        for a, b in itertools.product(ranks, ranks)
+        for a in range(1, topk + 2)
+        for b in range(1, min(topk + 1, (topk + 3) // a) + 1)  # a * b < k + 4
         if a * b - min(a, 2) * min(b, 2) < topk
     ]
     columns, rows = zip(*pairs)

@@ -26,7 +26,8 @@ class SimOTAAssigner:
     to the lowest cost, then to the earlier object; its soft label is the IoU.
 
     The official code also lets an object count, and at a high cost take, candidates of other
-    objects of the image; here its own are all it sees.
+    objects of the image, and gives an anchor taken twice to the cheapest of all objects, whether
+    that one took it or not; here an object's own candidates are all it sees.
 
     Args:
         center_radius: in strides.

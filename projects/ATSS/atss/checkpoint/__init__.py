@@ -1,31 +1,49 @@
 """Weights: safe files, conversion between code bases, and the geometry that belongs to weights.
 
-Names are translated by declared maps (`sources`), both ways. Geometry travels with them as
-overrides (`overrides`): weights trained with anchors at another offset or in another convention of
-pixels would otherwise give other boxes without a word.
+Names are translated by declared maps (`sources`), both ways. Geometry is part of the state dict
+(`stored_settings`); that of other code bases is put into their weights as overrides (`overrides`).
+docs/weights.md says who checks what.
 """
 
-from .checkpointer import ATSSCheckpointer, load_or_resume, require_checkpoint
+from .checkpointer import ATSSCheckpointer, Loaded, load_or_resume, require_weights
 from .convert import Converted, convert_checkpoint, detect_source, num_classes_of, rehead
-from .files import CheckpointError, check_pickle, fetch, read_checkpoint, write_checkpoint
-from .overrides import OVERRIDES_KEY, override_config, override_model, yacs_overrides
+from .files import (
+    CheckpointError,
+    check_pickle,
+    fetch,
+    find_weights,
+    read_checkpoint,
+    write_checkpoint,
+)
+from .overrides import (
+    GEOMETRY_KEYS,
+    OVERRIDES_KEY,
+    override_config,
+    override_model,
+    override_weights,
+    yacs_overrides,
+)
 
 __all__ = [
     "ATSSCheckpointer",
     "CheckpointError",
     "Converted",
+    "Loaded",
+    "GEOMETRY_KEYS",
     "OVERRIDES_KEY",
     "check_pickle",
     "convert_checkpoint",
     "detect_source",
     "fetch",
+    "find_weights",
     "load_or_resume",
     "num_classes_of",
     "override_config",
     "override_model",
+    "override_weights",
     "read_checkpoint",
     "rehead",
-    "require_checkpoint",
+    "require_weights",
     "write_checkpoint",
     "yacs_overrides",
 ]

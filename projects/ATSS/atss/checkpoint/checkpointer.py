@@ -1,54 +1,87 @@
 """Detectron2's checkpointer, which here converts foreign weights and refuses wrong ones."""
 
 import logging
-from typing import Any, Dict
+import os
+import re
+import tempfile
+from contextlib import contextmanager
+from typing import Any, Dict, Iterator, List, NamedTuple, Optional
 
 from torch import Tensor
+from torch import distributed as dist
 
 from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.utils import comm
 
-from .convert import convert_checkpoint, detect_source, num_classes_of
-from .files import CheckpointError, check_pickle, fetch, read_checkpoint
+from ..stored_settings import STATE_KEY, StoresSettings, settings_of
+from .convert import convert_checkpoint, detect_source, num_classes_of, unwrap
+from .files import CheckpointError, check_pickle, find_weights, last_checkpoint, read_checkpoint
 from .overrides import OVERRIDES_KEY, override_model
 
 logger = logging.getLogger(__name__)
 
+_CLASS_NAMES_KEY = "class_names"  # of a checkpoint that names its classes
+# Names that weights may lack or have in excess: settings, counters, what Detectron2 once stored.
+_IS_OPTIONAL = re.compile(
+    rf"(.*\.)?({STATE_KEY}|num_batches_tracked)|pixel_(mean|std)|.*anchor_generator\.cell_anchors.*"
+)
+
 
 class ATSSCheckpointer(DetectionCheckpointer):
-    """Detectron2's checkpointer, except that weights that match nothing are an error.
+    """Detectron2's checkpointer, except that weights that do not fit are an error.
 
-    Detectron2 logs a warning and trains from random weights, which is noticed days later.
+    Detectron2 logs a warning and goes on with random weights, which is noticed days later.
 
     Weights of the authors, of mmdetection and of torchvision's ResNets are recognised and converted
-    while loading. The model gets the geometry they were trained with; each change is logged, and
-    checkpoints saved later keep it. Files are read without running their code (`read_checkpoint`);
-    zoo files at `detectron2://` and `catalog://` go to Detectron2's own loader unchecked.
+    while loading. The model gets the geometry they were trained with; each change is logged. Files
+    are read without running their code (`read_checkpoint`); zoo files at `detectron2://` and
+    `catalog://` go to Detectron2's own loader unchecked.
+
+    Args:
+        model, save_dir, save_to_disk, **checkpointables: see `DetectionCheckpointer`.
+        class_names: names of the classes in their order, saved with the weights.
+
+    Attributes:
+        loaded_class_names: those of the weights that were loaded last; None if they have none.
     """
 
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
+    def __init__(self, model, save_dir="", *, class_names=None, **options):
+        super().__init__(model, save_dir, **options)
+        self.class_names = class_names
+        self.loaded_class_names: Optional[List[str]] = None
         self._is_zoo = False
-        self._overrides: Dict[str, Any] = {}
+        self._allow_partial = False
 
-    def load(self, path: str, *args, **kwargs) -> Dict[str, Any]:
+    def load(self, path: str, *args, allow_partial: bool = False, **kwargs) -> Dict[str, Any]:
         """See `DetectionCheckpointer.load`.
+
+        Args:
+            path: file, URL, or folder of a run, whose last checkpoint is meant.
+            *args, **kwargs: of `DetectionCheckpointer.load`.
+            allow_partial: load what fits, to train the rest; else all parameters must be there.
 
         Raises:
             CheckpointError: a `ValueError`, for a file that cannot be had, is truncated, needs to
                 run code, or holds weights of another architecture or number of classes.
         """
-        self._is_zoo = str(path).startswith(("detectron2://", "catalog://"))
-        if str(path).startswith(("http://", "https://")):
-            path = fetch(path)
+        path = str(path)
+        self._is_zoo = path.startswith(("detectron2://", "catalog://"))
+        self._allow_partial = allow_partial
+        path = find_weights(path)
         try:
-            return super().load(path, *args, **kwargs)
+            rest = super().load(path, *args, **kwargs)
         finally:
             self._parsed_url_during_load = None  # Detectron2 leaves it set after an error
+        self.loaded_class_names = rest.get(_CLASS_NAMES_KEY)
+        return rest
 
     def save(self, name: str, **kwargs: Any) -> None:
-        """See `DetectionCheckpointer.save`; adds the geometry of converted weights."""
-        if self._overrides:
-            kwargs.setdefault(OVERRIDES_KEY, self._overrides)
+        """See `DetectionCheckpointer.save`; adds class names, and the geometry of a two-stage model
+        that its parts do not store themselves."""
+        if self.class_names:
+            kwargs.setdefault(_CLASS_NAMES_KEY, list(self.class_names))
+        if not isinstance(self.model, StoresSettings):
+            kwargs.setdefault(OVERRIDES_KEY, settings_of(self.model))
         super().save(name, **kwargs)
 
     def _load_file(self, filename: str) -> Dict[str, Any]:
@@ -63,7 +96,7 @@ class ATSSCheckpointer(DetectionCheckpointer):
         if source not in (None, "atss"):
             return self._convert(content, source, filename)
         if "model" not in content:
-            content = {"model": content}
+            content = {"model": unwrap(content)}
         # Main's way to ask for matching by heuristics; 0.5 has none.
         url = getattr(self, "_parsed_url_during_load", None)
         if url is not None and "matching_heuristics=True" in url.query:
@@ -85,23 +118,56 @@ class ATSSCheckpointer(DetectionCheckpointer):
     def _load_model(self, checkpoint: Any):
         overrides = checkpoint.pop(OVERRIDES_KEY, None)
         if overrides:
-            weights = checkpoint["model"] = dict(checkpoint["model"])
-            self._overrides, changes = override_model(self.model, overrides, weights)
-            for change in changes:
-                logger.info("Geometry of the weights: %s", change)
+            weights = unwrap({"model": checkpoint["model"]})
+            checkpoint["model"] = override_model(self.model, overrides, weights)
+        found = [
+            name[len("module.") * name.startswith("module.") :] for name in checkpoint["model"]
+        ]
+        is_translated = checkpoint.get("matching_heuristics", False)
+        needed = [name for name in self.model.state_dict() if not _IS_OPTIONAL.fullmatch(name)]
         incompatible = super()._load_model(checkpoint)
-        if incompatible is None:
-            return incompatible
-        names = set(self.model.state_dict())
-        wrong_shape = {entry[0] for entry in incompatible.incorrect_shapes}
-        if not names - set(incompatible.missing_keys) - wrong_shape:
-            found = list(checkpoint.get("model", {}))[:3]
-            raise ValueError(
+        wrong_shape = [name for name, *_ in incompatible.incorrect_shapes]
+        # Batch norms put what they miss into the dict while loading, so look at the file as well.
+        missing = {*incompatible.missing_keys, *([] if is_translated else {*needed} - {*found})}
+        missing -= {*wrong_shape}
+        absent = {*missing, *wrong_shape}
+        if all(name in absent for name, _ in self.model.named_parameters()):
+            raise CheckpointError(
                 "The weights match no parameter of the model: they have names such as "
-                f"{found + list(incompatible.unexpected_keys)[:3]}, the model needs names such as "
-                f"{sorted(names)[:3]}. Check train.init_checkpoint (MODEL.WEIGHTS)."
+                f"{found[:3]}, the model needs names such as {needed[:3]}. Check the file and "
+                "train.init_checkpoint (MODEL.WEIGHTS)."
             )
+        _report(
+            {
+                "missing": [n for n in needed if n in missing],
+                "of another shape": wrong_shape,
+                "unknown to the model": [
+                    n for n in incompatible.unexpected_keys if not _IS_OPTIONAL.fullmatch(n)
+                ],
+            },
+            self._allow_partial,
+        )
         return incompatible
+
+    def _log_incompatible_keys(self, incompatible) -> None:
+        pass  # `_report` says it in one line
+
+
+def _report(unfit: Dict[str, List[str]], allow_partial: bool) -> None:
+    """Say which weights do not fit; raise `CheckpointError` where all must."""
+    texts = [
+        f"{len(names)} {what} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
+        for what, names in unfit.items()
+        if names
+    ]
+    if texts and not allow_partial:
+        raise CheckpointError(
+            f"The weights are not those of this model: {'; '.join(texts)}. Use the config that "
+            "they were trained with, config.yaml in the folder of their run, with its number of "
+            "classes (model.num_classes, MODEL.ATSS.NUM_CLASSES)."
+        )
+    if texts:
+        logger.warning("Parameters that are not loaded start anew: %s.", "; ".join(texts))
 
 
 def _check_fit(model: Dict[str, Tensor], weights: Dict[str, Tensor], filename: str) -> None:
@@ -120,7 +186,7 @@ def _check_fit(model: Dict[str, Tensor], weights: Dict[str, Tensor], filename: s
         )
     # Weights without a head are those of a bottom-up part alone.
     needed_names = [n for n in model if found is not None or "bottom_up" in n]
-    missing = [n for n in needed_names if n not in weights and not n.startswith("pixel_")]
+    missing = [n for n in needed_names if n not in weights and not _IS_OPTIONAL.fullmatch(n)]
     for names, what in (
         ([n for n in weights if n not in model], "which the model lacks"),
         (
@@ -137,37 +203,95 @@ def _check_fit(model: Dict[str, Tensor], weights: Dict[str, Tensor], filename: s
             )
 
 
-def require_checkpoint(checkpointer: ATSSCheckpointer) -> None:
-    """Check that there is something to resume.
+class Loaded(NamedTuple):
+    """What weights brought with them.
 
-    Raises:
-        FileNotFoundError: no checkpoint in the checkpointer's folder.
+    Attributes:
+        class_names: in the order of the classes; None if the weights do not name them.
+        changes: settings of the model that the weights changed, by LazyConfig keys.
     """
-    if not checkpointer.has_checkpoint():
-        raise FileNotFoundError(
-            f"--resume: there is no checkpoint in {checkpointer.save_dir!r}. Start without "
-            "--resume, or set train.output_dir (OUTPUT_DIR) to the folder of the run to continue."
-        )
+
+    class_names: Optional[List[str]]
+    changes: Dict[str, Any]
 
 
-def load_or_resume(checkpointer: ATSSCheckpointer, weights: str, resume: bool) -> None:
-    """Load the initial weights, or everything of the last checkpoint.
+def require_weights(folder: str, weights: str, resume: bool) -> str:
+    """Find the weights of a run, before anything takes time. All workers call it.
 
     Args:
-        checkpointer: of the model and, to resume, the trainer.
-        weights: path or URL of the initial weights; "" for none.
-        resume: whether to continue from the last checkpoint of the checkpointer's folder.
+        folder: of the run.
+        weights: path or URL of the initial weights, or folder of another run; "" for none.
+        resume: whether to continue from the last checkpoint in `folder`.
+
+    Returns:
+        Path of the file on the main worker, or of a zoo; "" for none.
 
     Raises:
         FileNotFoundError: nothing to resume, or no such weights.
-        ValueError: weights that cannot be used, or match no parameter.
+        CheckpointError: weights that cannot be downloaded, or a damaged last_checkpoint.
     """
-    if resume:
-        require_checkpoint(checkpointer)
-    try:
-        checkpointer.resume_or_load(weights, resume=resume)
-    except AssertionError as error:  # fvcore's way to say that a file is missing
-        raise FileNotFoundError(
-            f"Weights {weights!r} cannot be loaded ({error}). Check train.init_checkpoint "
-            "(MODEL.WEIGHTS)."
-        ) from error
+    found: Any = None
+    if comm.is_main_process():
+        try:
+            found = last_checkpoint(folder, "--resume: ") if resume else find_weights(weights)
+        except (FileNotFoundError, CheckpointError) as error:
+            found = error
+    found = comm.all_gather(found)[0]
+    if isinstance(found, Exception):
+        raise found
+    return found
+
+
+def load_or_resume(
+    checkpointer: ATSSCheckpointer, weights: str, resume: bool, allow_partial: bool = False
+) -> Loaded:
+    """Load the initial weights, or everything of the last checkpoint.
+
+    All workers call it. Those that cannot see the file get it from the main worker.
+
+    Args:
+        checkpointer: of the model and, to resume, the trainer.
+        weights: path or URL of the initial weights, or folder of a run; "" for none.
+        resume: whether to continue from the last checkpoint of the checkpointer's folder.
+        allow_partial: load what fits of initial weights, to train the rest.
+
+    Returns:
+        `Loaded`.
+
+    Raises:
+        FileNotFoundError: nothing to resume, or no such weights.
+        ValueError: weights that cannot be used, or do not fit the model.
+    """
+    path = require_weights(checkpointer.save_dir, weights, resume)
+    before = settings_of(checkpointer.model)
+    if path:
+        only_model = {} if resume else {"checkpointables": [], "allow_partial": allow_partial}
+        with _on_all_workers(path) as local_path:
+            checkpointer.load(local_path, **only_model)
+    after = settings_of(checkpointer.model)
+    return Loaded(
+        checkpointer.loaded_class_names if path else None,
+        {key: value for key, value in after.items() if value != before[key]},
+    )
+
+
+@contextmanager
+def _on_all_workers(path: str) -> Iterator[str]:
+    """A path that this worker can read; a temporary copy where only the main worker sees it."""
+    is_missing = "://" not in path and not os.path.isfile(path)
+    if not any(comm.all_gather(is_missing)):
+        yield path
+        return
+    content: List[Any] = [None]
+    if comm.is_main_process():
+        with open(path, "rb") as file:
+            content = [file.read()]
+    dist.broadcast_object_list(content, src=0, group=comm._get_global_gloo_group())
+    if not is_missing:
+        yield path
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        copy = os.path.join(folder, os.path.basename(path))
+        with open(copy, "wb") as file:
+            file.write(content[0])
+        yield copy

@@ -7,6 +7,7 @@ from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tup
 import torch
 from torch import Tensor
 
+from ..stored_settings import STATE_KEY
 from .files import CheckpointError
 from .key_maps import Source, translate
 from .sources import SOURCES, overrides_of
@@ -38,7 +39,7 @@ def detect_source(checkpoint: Mapping[str, Any]) -> Optional[str]:
     Args:
         checkpoint: a state dict, bare or wrapped in "model" or "state_dict".
     """
-    names = list(_unwrap(checkpoint))
+    names = list(unwrap(checkpoint))
     if any(name.startswith(("proposal_generator.", "backbone.bottom_up.")) for name in names):
         return _OURS
     for source in SOURCES.values():
@@ -70,7 +71,7 @@ def convert_checkpoint(
             mapped nor known as dispensable: then it is another architecture.
         ValueError: for an unknown source or target.
     """
-    weights = _unwrap(state_dict)
+    weights = unwrap(state_dict)
     found = detect_source(weights)
     known = [_OURS, *SOURCES]
     if source not in ("auto", *known):
@@ -139,7 +140,12 @@ def rehead(
     return weights, names
 
 
-def _unwrap(checkpoint: Mapping[str, Any]) -> Dict[str, Tensor]:
+def unwrap(checkpoint: Mapping[str, Any]) -> Dict[str, Tensor]:
+    """Weights alone: what is below "model" or "state_dict", without "module." in front of names.
+
+    Raises:
+        CheckpointError: for anything but tensors by name.
+    """
     for key in ("model", "state_dict"):
         if isinstance(checkpoint, Mapping) and isinstance(checkpoint.get(key), Mapping):
             checkpoint = checkpoint[key]
@@ -176,7 +182,10 @@ def _to_ours(weights: Dict[str, Tensor], name: str) -> Converted:
 
 def _from_ours(weights: Dict[str, Tensor], name: str) -> Converted:
     source = SOURCES[name]
-    to_drop = [*source.dropped, (r"pixel_(mean|std)", "is in the config")]
+    to_drop = [
+        *source.dropped,
+        (rf"pixel_(mean|std)|(.*\.)?{STATE_KEY}", "is in the config"),
+    ]
     if name == "mmdet":
         for tower_bias in _tower_biases(weights):
             if tower_bias in weights and weights[tower_bias].any():

@@ -8,13 +8,16 @@ import hashlib
 import os
 import pickle
 import re
+import types
 from typing import Any, Dict
 
 import torch
 
 from detectron2.utils.file_io import PathManager
 
-_HASH_SUFFIX = re.compile(r"-([0-9a-f]{8,64})\.pth$")
+# The first digits of a hash end a file's name, but so may a date, 20200209.
+_DATE = r"(?:19|20)\d\d(?:0[1-9]|1[0-2])(?:0[1-9]|[12]\d|3[01])"
+_HASH_SUFFIX = re.compile(rf"-(?!{_DATE}\.pth$)([0-9a-f]{{8,64}})\.pth$")
 # Words of PyTorch's reader for a file that asks for more than tensors and plain values.
 _NEEDS_CODE = ("GLOBAL", "Unsupported class", "was not an allowed global")
 # What numpy needs to rebuild arrays; none of it runs code of the file.
@@ -25,6 +28,14 @@ _HARMLESS = {
       for name in ("_reconstruct", "scalar")),
     ("numpy", "ndarray"),
     ("numpy", "dtype"),
+}  # fmt: skip
+# What PyTorch needs to rebuild tensors.
+_TENSORS = {
+    ("collections", "OrderedDict"),
+    ("torch", "Size"),
+    ("torch", "device"),
+    *(("torch._utils", f"_rebuild_{kind}")
+      for kind in ("tensor", "tensor_v2", "parameter")),
 }  # fmt: skip
 
 
@@ -48,14 +59,9 @@ def read_checkpoint(path: str) -> Dict[str, Any]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        if any(word in str(error) for word in _NEEDS_CODE):
-            raise CheckpointError(
-                f"{path!r} holds more than tensors and plain values, and reading it could run its "
-                "code; it is refused. Save its state dict alone where you trust it: "
-                "torch.save(torch.load(file, weights_only=False)['state_dict'], new_file). "
-                f"({_first_line(error)})"
-            ) from error
-        raise _corrupt(path, error) from error
+        if not any(word in str(error) for word in _NEEDS_CODE):
+            raise _corrupt(path, error) from error
+        content = _read_without_logs(path)
     except Exception as error:  # a file that is no checkpoint raises nearly anything
         raise _corrupt(path, error) from error
     if not isinstance(content, dict):
@@ -64,6 +70,19 @@ def read_checkpoint(path: str) -> Dict[str, Any]:
             "tensors by name."
         )
     return content
+
+
+def _read_without_logs(path: str) -> Any:
+    """Content of a file of mmengine, whose logs are left out: its classes are not imported."""
+    reader = types.SimpleNamespace(
+        __name__="pickle", Unpickler=_TensorsAndLogs, load=_load_tensors_and_logs
+    )
+    try:
+        return torch.load(path, map_location="cpu", weights_only=False, pickle_module=reader)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path!r} is refused: {error}") from None
+    except Exception as error:  # a corrupt pickle raises nearly anything
+        raise _corrupt(path, error) from error
 
 
 def write_checkpoint(content: Dict[str, Any], path: str) -> None:
@@ -139,14 +158,103 @@ def fetch(url: str) -> str:
     return path
 
 
+def find_weights(path: str) -> str:
+    """Local file that a path, a URL, or the folder of a run means.
+
+    Args:
+        path: "" for none. A folder means its last checkpoint.
+
+    Returns:
+        Path of the file; `path` itself if it is a zoo's, which Detectron2 looks up once more.
+
+    Raises:
+        FileNotFoundError: no such file, or no checkpoint in the folder.
+        CheckpointError: a URL that does not answer.
+    """
+    if os.path.isdir(path):
+        return last_checkpoint(path)
+    if "://" in path:
+        local_path = fetch(path.partition("?")[0])
+        return local_path if path.startswith(("http://", "https://")) else path
+    if path and not os.path.isfile(path.partition("?")[0]):
+        raise FileNotFoundError(
+            f"Weights {path!r} cannot be loaded: there is no such file. Check "
+            "train.init_checkpoint (MODEL.WEIGHTS) or --weights."
+        )
+    return path
+
+
+def last_checkpoint(folder: str, asked_by: str = "") -> str:
+    """The checkpoint that a run wrote last: what its file last_checkpoint names.
+
+    Args:
+        folder: output folder of a run.
+        asked_by: start of the message, "--resume: ".
+
+    Raises:
+        FileNotFoundError: no checkpoint in the folder.
+        CheckpointError: last_checkpoint is empty, no text, or names a file that is not there.
+    """
+    tag = os.path.join(folder, "last_checkpoint")
+    if not os.path.isfile(tag):
+        raise FileNotFoundError(
+            f"{asked_by}there is no checkpoint in {folder!r}. Name the folder of a run, "
+            "train.output_dir (OUTPUT_DIR), or start without --resume."
+        )
+    with open(tag, "rb") as file:
+        name = file.read(4096).decode("utf-8", "replace").strip()
+    path = os.path.join(folder, name)
+    if not name or not os.path.isfile(path):
+        there = sorted(entry for entry in os.listdir(folder) if entry.endswith(".pth"))
+        raise CheckpointError(
+            f"{tag!r} needs to hold the name of a checkpoint in that folder, but it "
+            f"{'is empty' if not name else f'says {name[:40]!r}'}. Write one of {there} into it."
+        )
+    return path
+
+
 class _ArraysOnly(pickle.Unpickler):
     def find_class(self, module: str, name: str):
         if (module, name) in _HARMLESS:
             return super().find_class(module, name)
         raise CheckpointError(
-            f"it would import {module}.{name}, and reading it could run code; only numpy arrays "
-            "and plain values are read."
+            f"it would import {module}.{name}, and reading it could run code; only tensors, numpy "
+            "arrays and plain values are read. Where you trust the file, save its weights alone, "
+            "a dict of tensors by name, with the program that wrote it."
         )
+
+
+class _LeftOut:
+    """Stands where a file has an object of a class that is not imported; takes what it is given."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        pass
+
+    def append(self, value: Any) -> None:
+        pass
+
+    def extend(self, values: Any) -> None:
+        pass
+
+
+class _TensorsAndLogs(_ArraysOnly):
+    def find_class(self, module: str, name: str):
+        if (module, name) in _TENSORS:
+            return pickle.Unpickler.find_class(self, module, name)
+        is_log = module.split(".")[0] in ("mmengine", "mmcv", "mmdet", "numpy")
+        if is_log or (module.strip("_").rstrip("s"), name) == ("builtin", "getattr"):
+            return _LeftOut
+        return super().find_class(module, name)
+
+
+def _load_tensors_and_logs(file: Any, **options: Any) -> Any:
+    return _TensorsAndLogs(file, **options).load()
 
 
 def _corrupt(path: str, error: Exception) -> CheckpointError:
@@ -157,5 +265,6 @@ def _corrupt(path: str, error: Exception) -> CheckpointError:
 
 
 def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
+    """Without escapes for terminals."""
+    lines = re.sub(r"\x1b\[[0-9;]*m", "", str(error)).strip().splitlines()
     return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__

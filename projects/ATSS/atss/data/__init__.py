@@ -9,6 +9,7 @@ A training tool needs a few lines, for any data::
     dataset_dicts = load_dataset_dicts(data.train, data.num_classes)  # checked
 """
 
+from .classes import common_classes
 from .coco_json import CocoSummary, check_coco_json
 from .dataset_dicts import check_dataset_dicts, load_dataset_dicts
 from .mapper import NamingMapper, coco_evaluator
@@ -31,6 +32,7 @@ __all__ = [
     "check_coco_json",
     "check_dataset_dicts",
     "coco_evaluator",
+    "common_classes",
     "defer_toy_shapes",
     "load_dataset_dicts",
     "register_coco_json",

@@ -18,7 +18,10 @@ from .annotations import box_flaw, check_image_files, log_flaws, raise_if_any
 
 
 def check_dataset_dicts(
-    dataset_dicts: Sequence[Dict[str, Any]], num_classes: int, dataset_name: str
+    dataset_dicts: Sequence[Dict[str, Any]],
+    num_classes: int,
+    dataset_name: str,
+    with_masks: bool = False,
 ) -> List[Dict[str, Any]]:
     """Images in Detectron2's format without their empty boxes, after checks of all others.
 
@@ -26,6 +29,7 @@ def check_dataset_dicts(
         dataset_dicts: images of a registered set; they are not changed.
         num_classes: K; each category_id must be in 0..K-1.
         dataset_name: for messages.
+        with_masks: every object needs an outline.
 
     Returns:
         The same images, with new annotation lists where a box was dropped.
@@ -33,7 +37,7 @@ def check_dataset_dicts(
     Raises:
         FileNotFoundError: an image file is missing.
         ValueError: an image is not as `check_image_files` wants it; a box is not four numbers, not
-            finite, or has x2 < x1 or y2 < y1; a class id is out of range.
+            finite, or has x2 < x1 or y2 < y1; a class id is out of range; an outline is missing.
     """
     check_image_files(dataset_dicts, dataset_name)
     problems, flaws, cleaned = [], Counter(), []
@@ -43,6 +47,12 @@ def check_dataset_dicts(
         for index, annotation in enumerate(annotations):
             try:
                 flaw = _flaw(annotation, image, num_classes)
+                outline = annotation.get("segmentation", ())
+                if with_masks and (outline is None or len(outline) == 0):
+                    raise ValueError(
+                        "no segmentation, which a mask head learns (model.roi_heads.mask_head, "
+                        "MODEL.MASK_ON)"
+                    )
             except ValueError as error:
                 name = image.get("image_id", number)
                 problems.append(f"annotation {index} (from 0) of image {name} has {error}")
@@ -57,7 +67,10 @@ def check_dataset_dicts(
 
 
 def load_dataset_dicts(
-    names: Union[str, Sequence[str]], num_classes: int, filter_empty: bool = True
+    names: Union[str, Sequence[str]],
+    num_classes: int,
+    filter_empty: bool = True,
+    with_masks: bool = False,
 ) -> List[Dict[str, Any]]:
     """Detectron2's `get_detection_dataset_dicts` with `check_dataset_dicts` before anything else.
 
@@ -65,6 +78,7 @@ def load_dataset_dicts(
         names: registered sets; their images are concatenated.
         num_classes: K of the model.
         filter_empty: leave out images without annotations or with crowds only.
+        with_masks: every object needs an outline.
 
     Raises:
         FileNotFoundError: see `check_dataset_dicts`.
@@ -73,7 +87,8 @@ def load_dataset_dicts(
     names = [names] if isinstance(names, str) else list(names)
     dataset_dicts = []
     for name in names:
-        dataset_dicts.extend(check_dataset_dicts(DatasetCatalog.get(name), num_classes, name))
+        images = DatasetCatalog.get(name)
+        dataset_dicts.extend(check_dataset_dicts(images, num_classes, name, with_masks))
     has_annotations = all("annotations" in image for image in dataset_dicts)
     if filter_empty and has_annotations:
         dataset_dicts = filter_images_with_only_crowd_annotations(dataset_dicts)

@@ -1,4 +1,4 @@
-"""Detectron2's mapper and evaluator, with sentences about files and settings that do not fit."""
+"""Detectron2's mapper and evaluator, with sentences about what they cannot take."""
 
 from typing import Any, Dict, Optional, Sequence
 
@@ -8,7 +8,7 @@ from detectron2.evaluation import COCOEvaluator
 
 
 class NamingMapper(DatasetMapper):
-    """Detectron2's mapper, which names the image that it cannot read or that lacks masks.
+    """Detectron2's mapper, which names the image that it cannot read.
 
     Raises:
         ValueError: when called, for such an image.
@@ -16,13 +16,6 @@ class NamingMapper(DatasetMapper):
 
     def __call__(self, dataset_dict: Dict[str, Any]) -> Dict[str, Any]:
         file = dataset_dict.get("file_name")
-        if self.is_train and self.use_instance_mask:
-            annotations = dataset_dict.get("annotations", ())
-            if not all("segmentation" in annotation for annotation in annotations):
-                raise ValueError(
-                    f"{file} has objects without a segmentation, which a model with masks needs: "
-                    "take one without (dataloader.train.mapper.use_instance_mask, MODEL.MASK_ON)."
-                )
         try:
             return super().__call__(dataset_dict)
         except (OSError, SizeMismatchError, SyntaxError) as error:

@@ -1,18 +1,17 @@
-"""Are two lists of detections the same? Rounding may change an order, but not what is found.
+"""Comparison of two lists of detections that may differ by rounding.
 
 Two programs that compute the same thing round differently, by about 1e-6 in a score. Of two boxes
-on the same object whose scores agree to that, either may suppress the other, and what the loser
-had suppressed comes back. Such ties are told from mistakes here: whatever one side lacks must have
-lost, on the other side, to a box that is as good.
+on the same object whose scores agree to that, either may suppress the other, and what the loser had
+suppressed comes back. So a list is also right if NMS could have left it: it holds candidates only,
+no two of a class overlap, and each other candidate overlaps a box that is as good.
 """
 
+import functools
 from typing import List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor
 from torchvision.ops import box_iou
-
-__all__ = ["BOX_TOLERANCE", "SCORE_TOLERANCE", "Choice", "Match", "match_detections"]
 
 BOX_TOLERANCE = 0.01  # pixels
 SCORE_TOLERANCE = 1e-4
@@ -20,12 +19,12 @@ TIE_TOLERANCE = 1e-5  # of scores
 IOU_TOLERANCE = 1e-4  # of being suppressed
 
 
-class Choice(NamedTuple):
+class Suppression(NamedTuple):
     """How the model chose its detections of one image.
 
     Attributes:
-        candidates: boxes (C, 4), scores (C,) and classes (C,) before suppression.
-        nms_thresh: IoU above which the lower score goes, per class.
+        candidates: boxes (C, 4), scores (C,) and classes (C,) before NMS.
+        nms_thresh: IoU above which the lower score is removed, per class.
         max_detections: how many are kept; negative keeps all.
     """
 
@@ -33,108 +32,96 @@ class Choice(NamedTuple):
     nms_thresh: float
     max_detections: int
 
+    def violations(self, found: Sequence[Tensor], candidate_idxs: Sequence[int]) -> int:
+        """In how many places a list of candidates cannot be what NMS leaves, rounding aside.
 
-class Match(NamedTuple):
-    """How two lists differ.
+        Args:
+            found: boxes (D, 4), scores (D,) and classes (D,).
+            candidate_idxs: D indices, which candidates they are.
+        """
+        is_found = torch.zeros(len(self.candidates[0]), dtype=torch.bool)
+        is_found[list(candidate_idxs)] = True
+        boxes, scores, classes = self.candidates
+        ious = box_iou(boxes, found[0])  # (C, D)
+        is_rival = classes[:, None] == found[2]
+        is_better = is_rival & (found[1] >= scores[:, None] - TIE_TOLERANCE)
+        is_out = (is_better & (ious > self.nms_thresh - IOU_TOLERANCE)).any(dim=1)
+        if len(found[1]) == self.max_detections:  # or just not among the best
+            is_out |= scores <= found[1].min() + TIE_TOLERANCE
+        is_repeated = (found[2][:, None] == found[2]) & (
+            box_iou(found[0], found[0]) > self.nms_thresh + IOU_TOLERANCE
+        )
+        return int((~is_found & ~is_out).sum()) + int(is_repeated.triu(1).sum())
+
+
+class Difference(NamedTuple):
+    """How the outputs of a file differ from those of the model.
 
     Attributes:
-        box_difference: largest of any coordinate, among partners, in pixels.
-        score_difference: largest of any score, or value of a mask, among partners.
-        num_ties: how many were chosen differently among equals.
-        num_unmatched: those of either list without a partner, ties aside.
+        boxes: largest difference of any coordinate, among partners, in pixels.
+        scores: largest difference of any score, or value of a mask, among partners.
+        num_ties: detections that were chosen differently among equals.
+        num_unmatched: detections of either side without a partner, ties aside; of features and raw
+            heads, how many outputs differ.
     """
 
-    box_difference: float
-    score_difference: float
+    boxes: float
+    scores: float
     num_ties: int
     num_unmatched: int
 
+    @property
+    def is_rounding(self) -> bool:
+        """Everything has its partner, boxes within 0.01 px, scores within 1e-4, ties aside."""
+        is_near = self.boxes <= BOX_TOLERANCE and self.scores <= SCORE_TOLERANCE
+        return self.num_unmatched == 0 and is_near
+
 
 def match_detections(
-    expected: Sequence[Tensor], found: Sequence[Tensor], choice: Optional[Choice] = None
-) -> Match:
+    expected: Sequence[Tensor],
+    found: Sequence[Tensor],
+    suppression: Optional[Suppression] = None,
+) -> Difference:
     """Find each detection of one list in the other, whatever the order.
 
     Args:
         expected: boxes (D, 4), scores (D,), classes (D,) and maybe masks (D, 1, M, M) of an image.
         found: the same of the file.
-        choice: without it nothing counts as a tie.
+        suppression: without it nothing counts as a tie.
     """
-    cost, box_distance, score_distance = _distances(expected, found)
-    pairs = _partners(cost)
-    rows, columns = [i for i, _ in pairs], [j for _, j in pairs]
-    missing, extra = _without(expected, rows), _without(found, columns)
-    num_unmatched, num_ties = len(missing[0]) + len(extra[0]), 0
-    if choice is not None and num_unmatched:
+    pairs, boxes, scores = _partners(expected, found)
+    num_missing, num_extra = len(expected[0]) - len(pairs), len(found[0]) - len(pairs)
+    num_unmatched, num_ties = num_missing + num_extra, 0
+    if suppression is not None and num_unmatched:
         # What the file has in excess, the model must at least have considered.
-        known = [i for i, _ in _partners(_distances(extra, choice.candidates)[0])]
-        extra = [tensor[known] for tensor in extra]
-        lost_there = _lost(missing, extra, found, choice)
-        lost_here = _lost(extra, missing, expected, choice)
-        ties = int(lost_there.sum()), int(lost_here.sum())
-        num_ties, num_unmatched = max(ties), num_unmatched - sum(ties)
-    return Match(
-        float(box_distance[rows, columns].max()) if pairs else 0.0,
-        float(score_distance[rows, columns].max()) if pairs else 0.0,
-        num_ties,
-        num_unmatched,
-    )
+        known, boxes, scores = _partners(found, suppression.candidates)
+        rows, candidate_idxs = [i for i, _ in known], [j for _, j in known]
+        num_unknown = len(found[0]) - len(known)
+        kept = [tensor[rows] for tensor in found]
+        num_unmatched = num_unknown + suppression.violations(kept, candidate_idxs)
+        num_ties = max(num_extra - num_unknown, num_missing)
+    return Difference(boxes, scores, num_ties, num_unmatched)
 
 
-def _distances(
+def _partners(
     expected: Sequence[Tensor], found: Sequence[Tensor]
-) -> Tuple[Tensor, Tensor, Tensor]:
-    """(D, D') cost of each pair in units of what is allowed, distance of boxes, of scores."""
-    box_distance = (expected[0][:, None].double() - found[0][None].double()).abs().amax(dim=2)
-    score_distance = (expected[1][:, None].double() - found[1][None].double()).abs()
+) -> Tuple[List[Tuple[int, int]], float, float]:
+    """Pairs of one class within the tolerances, and how much their boxes and scores differ."""
+    columns = zip(expected[0].double().unbind(dim=1), found[0].double().unbind(dim=1))
+    boxes = functools.reduce(torch.maximum, ((a[:, None] - b).abs() for a, b in columns))
+    scores = (expected[1][:, None].double() - found[1].double()).abs()
     if len(expected) > 3 and len(found) > 3:
         masks = [detections[3].flatten(1).double() for detections in (expected, found)]
-        score_distance = score_distance.maximum(torch.cdist(*masks, p=float("inf")))
-    cost = (box_distance / BOX_TOLERANCE).maximum(score_distance / SCORE_TOLERANCE)
-    cost[expected[2][:, None] != found[2][None]] = float("inf")  # another class is no partner
-    return cost, box_distance, score_distance
-
-
-def _partners(cost: Tensor) -> List[Tuple[int, int]]:
-    """Pairs of cost at most 1, each row and column used once."""
+        scores = scores.maximum(torch.cdist(*masks, p=float("inf")))
+    cost = (boxes / BOX_TOLERANCE).maximum(scores / SCORE_TOLERANCE)  # (D, D')
+    cost[expected[2][:, None] != found[2]] = float("inf")  # another class is no partner
     pairs: List[Tuple[int, int]] = []
-    cost = cost.clone()
     for i in range(len(cost) if cost.shape[1] else 0):
         j = int(cost[i].argmin())
         if cost[i, j] <= 1:
             pairs.append((i, j))
             cost[:, j] = float("inf")
-    return pairs
-
-
-def _without(detections: Sequence[Tensor], idxs: Sequence[int]) -> List[Tensor]:
-    is_other = torch.ones(len(detections[0]), dtype=torch.bool)
-    is_other[list(idxs)] = False
-    return [tensor[is_other] for tensor in detections]
-
-
-def _lost(
-    missing: Sequence[Tensor], extra: Sequence[Tensor], others: Sequence[Tensor], choice: Choice
-) -> Tensor:
-    """Which of the detections that a list lacks may have lost to equals in that list.
-
-    Args:
-        missing: what the list lacks.
-        extra: what it has instead.
-        others: the list.
-        choice: by which rule it was made.
-    """
-
-    def rivals(better: Sequence[Tensor]) -> Tuple[Tensor, Tensor]:
-        is_rival = (missing[2][:, None] == better[2]) & (
-            better[1] >= missing[1][:, None] - TIE_TOLERANCE
-        )
-        return is_rival, box_iou(missing[0], better[0]) - choice.nms_thresh
-
-    is_rival, excess = rivals(extra)
-    lost = (is_rival & (excess > -IOU_TOLERANCE)).any(dim=1)
-    is_rival, excess = rivals(others)  # on the very edge of being suppressed
-    lost |= (is_rival & (excess.abs() <= IOU_TOLERANCE)).any(dim=1)
-    if len(others[1]) == choice.max_detections:  # or just not among the best
-        lost |= missing[1] <= others[1].min() + TIE_TOLERANCE
-    return lost
+    if not pairs:
+        return pairs, 0.0, 0.0
+    rows, columns = zip(*pairs)
+    return pairs, float(boxes[rows, columns].max()), float(scores[rows, columns].max())

@@ -1,4 +1,4 @@
-"""What does a user of an exported file have to know? The contents of model.json beside it."""
+"""Metadata of an exported file: what its user has to know, as JSON beside it."""
 
 import json
 import os
@@ -16,33 +16,35 @@ from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 from detectron2.modeling import GeneralizedRCNN
 
-from ..data.toy_shapes import ToyShapesOptions
-from .modules import PathLike, Size, output_names
+import atss
 
-__all__ = ["class_names_of", "describe", "resize_rule", "write_metadata"]
+from ..data.toy_shapes import ToyShapesOptions
+from ..detector import padding_rule
+from .modules import ImageSize, PathLike, output_names
 
 Config = Union[DictConfig, CfgNode]
 
-_MEANING = {
-    "boxes": (["detections", 4], "float32", "x1, y1, x2, y2 in pixels of the input image"),
-    "scores": (["detections"], "float32", "falling within each image"),
-    "classes": (["detections"], "int64", "index into class_names"),
-    "image_idxs": (["detections"], "int64", "which image of the batch"),
+# What outputs hold: shape of one entry after (D,), dtype, meaning.
+_OUTPUTS = {
+    "boxes": ([4], "float32", "x1, y1, x2, y2 in pixels of the input image"),
+    "scores": ([], "float32", "falling within each image"),
+    "classes": ([], "int64", "index into class_names"),
+    "image_idxs": ([], "int64", "which image of the batch"),
     "masks": (
-        ["detections", 1, "side", "side"],
+        [1, "side", "side"],
         "float32",
         "probability that a pixel belongs to the object, on a grid over its box",
     ),
 }
 
 
-def describe(
+def collect_metadata(
     model: nn.Module,
     file: PathLike,
     export_format: str,
     batch_size: int = 1,
-    raw_heads: bool = False,
-    fixed_size: Optional[Size] = None,
+    stage: str = "detections",
+    fixed_size: Optional[ImageSize] = None,
     resize: Optional[Dict[str, Any]] = None,
     class_names: Optional[Sequence[str]] = None,
     opset: Optional[int] = None,
@@ -54,7 +56,7 @@ def describe(
         file: the exported file; only its name is kept.
         export_format: "torchscript", "export" or "onnx".
         batch_size: N of the file.
-        raw_heads: whether the file holds `RawHeads`.
+        stage: where the file ends, see `ExportableDetector`.
         fixed_size: (height, width) that the file insists on, if it does.
         resize: see `resize_rule`.
         class_names: K names, if known.
@@ -77,7 +79,7 @@ def describe(
     return {
         "file": os.path.basename(os.fspath(file)),
         "format": export_format,
-        "content": "raw heads" if raw_heads else "detections",
+        "content": stage,
         "input": {
             "name": "images",
             "shape": [batch_size, 3, *(fixed_size or ("height", "width"))],
@@ -88,10 +90,11 @@ def describe(
         "resize": resize,
         "mean": model.pixel_mean.flatten().tolist(),
         "std": model.pixel_std.flatten().tolist(),
-        "size_divisibility": max(model.backbone.size_divisibility, 1),
+        "size_divisibility": padding_rule(model.backbone)[0],
         "done_inside": ["normalization by mean and std", "padding to size_divisibility"]
-        + ([] if raw_heads else ["decoding", "NMS"]),
-        "outputs": _outputs(model, batch_size, raw_heads, num_classes),
+        + ["decoding"] * (stage != "features")
+        + ["NMS"] * (stage == "detections"),
+        "outputs": _outputs(model, batch_size, stage, num_classes),
         "strides": [int(stride) for stride in core.anchor_generator.strides],
         "anchors_per_location": int(core.anchor_generator.num_anchors[0]),
         "anchors_per_level": None if fixed_size is None else _anchors_per_level(model, fixed_size),
@@ -99,7 +102,7 @@ def describe(
         "class_names": None if class_names is None else list(class_names),
         "score": _two_stage_score(model) if is_two_stage else _score(core),
         "versions": {
-            "atss": _own_version(),
+            "atss": atss.__version__,
             "torch": torch.__version__,
             "torchvision": torchvision.__version__,
             "detectron2": detectron2.__version__,
@@ -109,14 +112,14 @@ def describe(
     }
 
 
-def write_metadata(description: Dict[str, Any], file: PathLike) -> Path:
-    """Write model.json into the folder of an exported file.
+def write_metadata(metadata: Dict[str, Any], file: PathLike) -> Path:
+    """Write metadata beside an exported file: model.onnx.json for model.onnx.
 
     Returns:
-        Path of model.json.
+        Path of the JSON file.
     """
-    path = Path(file).with_name("model.json")
-    path.write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
+    path = Path(f"{os.fspath(file)}.json")
+    path.write_text(json.dumps(metadata, indent=2) + "\n", encoding="utf-8")
     return path
 
 
@@ -166,30 +169,26 @@ def class_names_of(cfg: Config, num_classes: int) -> Optional[List[str]]:
     return None
 
 
-def _outputs(model: nn.Module, batch_size: int, raw_heads: bool, num_classes: int) -> List[Dict]:
-    meaning = _MEANING
-    if raw_heads:
-        meaning = {
-            "logits": (
-                [batch_size, "anchors", num_classes],
-                "float32",
-                "class logits, a sigmoid each",
-            ),
-            "boxes": (
-                [batch_size, "anchors", 4],
-                "float32",
-                "x1, y1, x2, y2 in pixels of the input image, not clipped to it",
-            ),
-            "centerness": ([batch_size, "anchors"], "float32", "logits"),
+def _outputs(model: nn.Module, batch_size: int, stage: str, num_classes: int) -> List[Dict]:
+    names = output_names(model, batch_size, stage)
+    if stage in ("candidates", "detections"):
+        known = {name: ([stage, *shape], *rest) for name, (shape, *rest) in _OUTPUTS.items()}
+    else:
+        shape, corners = [batch_size, "anchors"], _OUTPUTS["boxes"][2]
+        known = {
+            "logits": ([*shape, num_classes], "float32", "class logits, a sigmoid each"),
+            "boxes": ([*shape, 4], "float32", f"{corners}, not clipped to it"),
+            "centerness": (shape, "float32", "logits"),
         }
+        feature = ([batch_size, "channels", "rows", "columns"], "float32", "map of the backbone")
+        known.update(dict.fromkeys(model.proposal_generator.in_features, feature))
     return [
-        dict(zip(("name", "shape", "dtype", "meaning"), (name, *meaning[name])))
-        for name in output_names(model, batch_size, raw_heads)
+        dict(zip(("name", "shape", "dtype", "meaning"), (name, *known[name]))) for name in names
     ]
 
 
-def _anchors_per_level(model: nn.Module, size: Size) -> List[int]:
-    divisor = max(model.backbone.size_divisibility, 1)
+def _anchors_per_level(model: nn.Module, size: ImageSize) -> List[int]:
+    divisor, _ = padding_rule(model.backbone)
     height, width = (-(-side // divisor) * divisor for side in size)
     generator = model.proposal_generator.anchor_generator
     return [
@@ -225,9 +224,3 @@ def _two_stage_score(model: nn.Module) -> Dict[str, Any]:
         "nms_is": "per class",
         "detections_per_image": predictor.test_topk_per_image,
     }
-
-
-def _own_version() -> str:
-    from .. import __version__  # not at import time, when the package is still being made
-
-    return __version__

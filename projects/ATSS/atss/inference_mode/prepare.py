@@ -7,7 +7,7 @@ from typing import Any, Mapping, Optional
 import torch
 from torch import Tensor, nn
 
-from ..device import compile_dense_parts, has_fast_bfloat16
+from ..device import compile_dense_parts, has_fast_bfloat16, to_channels_last
 from ..predictions import DensePredictions
 from .batch_norms import fold_batch_norms
 from .onednn import use_onednn
@@ -57,7 +57,7 @@ def prepare_for_inference(
     model.eval().requires_grad_(False)
     fold_batch_norms(model)
     if channels_last:
-        model.to(memory_format=torch.channels_last)
+        to_channels_last(model)
     if dtype is not None:
         _compute_in(dtype, model)
     if compile:
@@ -66,6 +66,7 @@ def prepare_for_inference(
         use_onednn(model)
     model.is_prepared_for_inference = True
     model.train = functools.partial(_refuse_training, model)
+    model._register_load_state_dict_pre_hook(_refuse_loading)
     return model
 
 
@@ -176,3 +177,10 @@ def _refuse_training(model: nn.Module, mode: bool = True) -> nn.Module:
             "the model that prepare_for_inference was given."
         )
     return type(model).train(model, mode)
+
+
+def _refuse_loading(*_: Any) -> None:
+    raise RuntimeError(
+        "This model is prepared for inference: its norms are folded into its convolutions, so that "
+        "weights of a checkpoint mean something else. Load them first, then prepare the model."
+    )

@@ -6,16 +6,21 @@ What does not depend on the kind of config is written once, with the names of `_
 import argparse
 import logging
 import os
-from typing import Any, Sequence, Union
+import tempfile
+from typing import Any, Dict, List, Sequence, Union
 
 import torch
+import yaml
 from omegaconf import DictConfig, OmegaConf
 
 from detectron2.config import CfgNode, LazyConfig, get_cfg
+from detectron2.data import MetadataCatalog
+from detectron2.utils import comm
 from detectron2.utils.logger import log_first_n
 from detectron2.utils.registry import locate
 
 from ..build import accepted_arguments
+from ..checkpoint import GEOMETRY_KEYS, yacs_overrides
 from ..checks import check_integer
 from ..config import add_atss_config
 from ..data import register_from_arguments
@@ -93,6 +98,21 @@ def available_device(cfg: Config) -> str:
     return device
 
 
+def data_class_names(cfg: Config, sets: str) -> Dict[str, List[str]]:
+    """Class names of the data sets of a config, in the order of the ids; without unknown ones.
+
+    Args:
+        cfg: of either kind.
+        sets: "train_sets" or "val_sets".
+    """
+    names = get_setting(cfg, sets, ())
+    found = {
+        name: MetadataCatalog.get(name).get("thing_classes")
+        for name in ([names] if isinstance(names, str) else names)
+    }
+    return {name: list(classes) for name, classes in found.items() if classes}
+
+
 def choose_data(cfg: Config, args: argparse.Namespace) -> None:
     """Put your data into the config, or check the config's; take the classes from it.
 
@@ -141,14 +161,14 @@ def load_lazy_config(config_file: str, overrides: Sequence[str] = ()) -> DictCon
     """A LazyConfig with overrides from the command line.
 
     Args:
-        config_file: Python or saved YAML LazyConfig.
+        config_file: Python or saved YAML LazyConfig, or the folder of a run.
         overrides: "key=value" strings, see `update_lazy_config`.
 
     Raises:
         FileNotFoundError: if there is no such file.
         ValueError: for a YAML config of the other kind; see `update_lazy_config`.
     """
-    _check_file(config_file)
+    config_file = find_config(config_file)
     if not config_file.endswith(".py") and _has_capital_keys(config_file):
         raise ValueError(
             f"{config_file} is a YAML config, but a LazyConfig (.py) is needed here: take its .py "
@@ -171,8 +191,9 @@ def update_lazy_config(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
         `cfg`.
 
     Raises:
-        ValueError: for a string without "=", a key that does not exist (listing those that do), or
-            a value of another type than the config's.
+        ValueError: for a string without "=", a key that does not exist (listing those that do), a
+            value of another type than the config's, or images read in another order of channels
+            than the model takes.
     """
     _check_no_options(overrides)
     for override in overrides:
@@ -194,6 +215,7 @@ def update_lazy_config(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
             raise ValueError(
                 f"{key} needs {_TYPES[type(old)]}, such as {old!r}, got {new!r}{hint}."
             )
+    _check_channel_order(cfg)
     return cfg
 
 
@@ -215,7 +237,7 @@ def load_yaml_config(config_file: str, overrides: Sequence[str] = ()) -> CfgNode
     MODEL.DEVICE becomes "cpu" where it asks for a GPU and there is none.
 
     Args:
-        config_file: YAML file.
+        config_file: YAML file, or the folder of a run.
         overrides: KEY VALUE pairs in one list.
 
     Returns:
@@ -226,7 +248,7 @@ def load_yaml_config(config_file: str, overrides: Sequence[str] = ()) -> CfgNode
         ValueError: for a config of the other kind, a key that does not exist where the node takes
             no new ones, or a value of the wrong type.
     """
-    _check_file(config_file)
+    config_file = find_config(config_file)
     if config_file.endswith(".py"):
         raise ValueError(
             f"{config_file} is a LazyConfig, but a YAML config is needed here: take its .yaml twin "
@@ -254,9 +276,105 @@ def load_yaml_config(config_file: str, overrides: Sequence[str] = ()) -> CfgNode
     return cfg
 
 
-def _check_file(config_file: str) -> None:
+def compare_with_saved(cfg: Config) -> None:
+    """Say what a run that is about to be resumed has other than before.
+
+    Args:
+        cfg: of either kind; compared with config.yaml in its output folder, if there is one.
+
+    Raises:
+        ValueError: for another optimizer or number of classes, whose state the run cannot take.
+    """
+    path = os.path.join(get_setting(cfg, "output_dir"), "config.yaml")
+    if not comm.is_main_process() or not os.path.isfile(path):
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        saved = os.path.join(folder, "config.yaml")
+        save_config(cfg, saved)
+        if not os.path.isfile(saved):  # a LazyConfig with objects that YAML cannot hold
+            return
+        before, now = _leaves(path), _leaves(saved)
+    is_yaml = isinstance(cfg, CfgNode)
+    geometry = yacs_overrides(dict.fromkeys(GEOMETRY_KEYS)) if is_yaml else GEOMETRY_KEYS
+    keys = [
+        key
+        for key in sorted({*before, *now} - {*geometry})  # weights decide on their geometry
+        if before.get(key) != now.get(key)
+    ]
+    if not keys:
+        return
+    what = "; ".join(f"{key} was {before.get(key)!r}, is {now.get(key)!r}" for key in keys[:10])
+    what += "; ..." if len(keys) > 10 else ""
+    fixed = {"optimizer._target_", "SOLVER.OPTIMIZER", key_of(cfg, "num_classes")}
+    if fixed & {*keys}:
+        raise ValueError(
+            f"--resume continues a run with another configuration: {what}. The state of its "
+            "optimizer and classes does not fit: set them back, or start without --resume from its "
+            "weights, in another folder."
+        )
+    logger.warning(
+        "--resume continues a run with another configuration: %s. What the checkpoint holds stays "
+        "as it was: learning rate, momentum and weight decay of the optimizer, and the iteration.",
+        what,
+    )
+
+
+def save_config(cfg: Config, path: str) -> None:
+    """Write a config of either kind as YAML."""
+    if isinstance(cfg, CfgNode):
+        with open(path, "w", encoding="utf-8") as file:
+            file.write(cfg.dump())
+    else:
+        LazyConfig.save(cfg, path)
+
+
+def _leaves(path: str) -> Dict[str, Any]:
+    """Values of a saved config of either kind by their dotted keys, not interpolated."""
+    with open(path, encoding="utf-8") as file:
+        pending = [("", yaml.load(file, Loader=_PlainLoader))]
+    found = {}
+    while pending:
+        key, value = pending.pop()
+        if isinstance(value, dict):
+            pending += [(f"{key}.{name}" if key else name, part) for name, part in value.items()]
+        else:
+            found[key] = value
+    return found
+
+
+class _PlainLoader(yaml.SafeLoader):
+    """Python's objects in a saved config as their text: only compared, never built."""
+
+
+_PlainLoader.add_multi_constructor(
+    "tag:yaml.org,2002:python/", lambda loader, tag, node: yaml.serialize(node)
+)
+
+
+def find_config(config_file: str) -> str:
+    """The config file itself, or config.yaml in the folder of a run.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+    """
+    if os.path.isdir(config_file):
+        config_file = os.path.join(config_file, "config.yaml")
     if not os.path.isfile(config_file):
         raise FileNotFoundError(f"There is no config file {config_file!r} (--config-file).")
+    return config_file
+
+
+def _check_channel_order(cfg: DictConfig) -> None:
+    """Refuse a data pipeline that reads images in another order than the model was made for."""
+    order = OmegaConf.select(cfg, "model.input_format")
+    for split in ("train", "test"):
+        key = f"dataloader.{split}.mapper.image_format"
+        found = OmegaConf.select(cfg, key)
+        if order is not None and found not in (None, order):
+            raise ValueError(
+                f"{key} is {found!r}, but model.input_format is {order!r}: the model would see red "
+                f"and blue exchanged. Set the former to '${{model.input_format}}'."
+            )
 
 
 def _has_capital_keys(config_file: str) -> bool:

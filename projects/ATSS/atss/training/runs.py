@@ -1,6 +1,7 @@
 """Runs: models and trainers built, trained and evaluated as a config says."""
 
 import logging
+import os
 from typing import Any, Callable, Dict, Iterable, List, Optional, Sequence
 
 import torch
@@ -13,11 +14,25 @@ from detectron2.evaluation import inference_on_dataset, print_csv_format
 from detectron2.modeling import build_model as build_yaml_model
 from detectron2.utils import comm
 
-from ..checkpoint import ATSSCheckpointer, load_or_resume, require_checkpoint
-from ..device import compile_dense_parts
+from ..checkpoint import (
+    ATSSCheckpointer,
+    Loaded,
+    load_or_resume,
+    override_config,
+    require_weights,
+)
+from ..data import common_classes
+from ..device import compile_dense_parts, to_channels_last
 from ..inference_mode import prepare_as_configured
 from ..tta import ATSSWithTTA, make_views, release_views
-from .configs import Config, available_device, get_setting, key_of
+from .configs import (
+    Config,
+    available_device,
+    data_class_names,
+    get_setting,
+    key_of,
+    save_config,
+)
 from .loop import StepTrainer, autocast_dtype, create_ddp_model
 
 logger = logging.getLogger(__name__)
@@ -30,19 +45,10 @@ def build_model(cfg: Config) -> nn.Module:
     if isinstance(cfg, CfgNode):
         model = build_yaml_model(cfg)
     else:
-        model = _instantiate_model(cfg).to(available_device(cfg))
+        model = instantiate(cfg.model).to(available_device(cfg))
     if get_setting(cfg, "channels_last", False):
-        model = model.to(memory_format=torch.channels_last)
+        model = to_channels_last(model)
     return model
-
-
-def _instantiate_model(cfg: DictConfig) -> nn.Module:
-    try:
-        return instantiate(cfg.model)
-    except TypeError as error:
-        if "argument" not in str(error):
-            raise
-        raise ValueError(f"`model` of the config does not fit: {error}.") from error
 
 
 def build_step_trainer(
@@ -127,7 +133,8 @@ def evaluate_checkpoint(
         Results of `evaluate` and `evaluate_tta`.
 
     Raises:
-        FileNotFoundError, ValueError: no weights, or see `load_or_resume`, `prepare_as_configured`.
+        FileNotFoundError, ValueError: no weights, weights that do not fit the model or the classes
+            of the data, or see `load_or_resume`, `prepare_as_configured`.
     """
     weights = get_setting(cfg, "weights")
     if not weights and not resume:
@@ -137,7 +144,14 @@ def evaluate_checkpoint(
             "folder."
         )
     model = build(cfg)
-    load_or_resume(ATSSCheckpointer(model, get_setting(cfg, "output_dir")), weights, resume)
+    checkpointer = ATSSCheckpointer(model, get_setting(cfg, "output_dir"))
+    names = load_or_resume(checkpointer, weights, resume).class_names
+    if names is None:
+        logger.warning(
+            "These weights do not name their classes: only their number is compared with the data."
+        )
+    for name, data_names in data_class_names(cfg, "val_sets").items() if names else ():
+        common_classes([("The weights", names), (name, data_names)])
     settings = get_setting(cfg, "prepare", {"enabled": False})
     settings = {key.lower(): value for key, value in settings.items()}
     model = prepare_as_configured(model, settings)
@@ -155,6 +169,51 @@ def say_if_finished(cfg: Config, start_iter: int) -> None:
             start_iter,
             key_of(cfg, "max_iter"),
         )
+
+
+def make_checkpointer(cfg: Config, model: nn.Module, **checkpointables: Any) -> ATSSCheckpointer:
+    """Checkpointer of a run of either kind, which knows the classes of its data."""
+    names = next(iter(data_class_names(cfg, "train_sets").values()), None)
+    folder = get_setting(cfg, "output_dir")
+    return ATSSCheckpointer(model, folder, class_names=names, **checkpointables)
+
+
+def load_for_training(cfg: Config, checkpointer: ATSSCheckpointer, resume: bool) -> Loaded:
+    """Load what a run starts from; initial weights need not have all parameters.
+
+    Settings that the weights change in the model are put into the config, in `cfg` and in the copy
+    in the run's folder, so that this describes the model.
+
+    Args:
+        cfg: of either kind; changed in place.
+        checkpointer: of `make_checkpointer`.
+        resume: continue from the last checkpoint of the run's folder.
+
+    Raises:
+        FileNotFoundError, ValueError: see `load_or_resume`.
+    """
+    weights = get_setting(cfg, "weights")
+    loaded = load_or_resume(checkpointer, weights, resume, allow_partial=True)
+    if loaded.class_names and loaded.class_names != checkpointer.class_names:
+        logger.warning(
+            "The weights were trained on other classes (%s, ...) than those of the data (%s, ...): "
+            "the class predictor starts from theirs where their number is the same.",
+            ", ".join(loaded.class_names[:3]),
+            ", ".join((checkpointer.class_names or ["unknown"])[:3]),
+        )
+    if not loaded.changes:
+        return loaded
+    is_yaml = isinstance(cfg, CfgNode)
+    if is_yaml:
+        is_frozen = cfg.is_frozen()
+        cfg.defrost()
+    override_config(cfg, loaded.changes)
+    if is_yaml and is_frozen:
+        cfg.freeze()
+    folder = get_setting(cfg, "output_dir")
+    if comm.is_main_process() and os.path.isdir(folder):
+        save_config(cfg, os.path.join(folder, "config.yaml"))
+    return loaded
 
 
 def train_lazy(
@@ -180,10 +239,10 @@ def train_lazy(
     cfg.optimizer.params.model = model
     optimizer = instantiate(cfg.optimizer)
     cfg.optimizer.params.model = None
-    if resume:  # before the data are loaded, which takes long
-        require_checkpoint(ATSSCheckpointer(model, train.output_dir))
+    # Before the data are loaded, which takes long.
+    require_weights(train.output_dir, train.init_checkpoint, resume)
     trainer = build_step_trainer(cfg, model, instantiate(cfg.dataloader.train), optimizer)
-    checkpointer = ATSSCheckpointer(trainer.model, train.output_dir, trainer=trainer)
+    checkpointer = make_checkpointer(cfg, trainer.model, trainer=trainer)
     results: List[Optional[Results]] = [None]
 
     def evaluate():
@@ -202,7 +261,7 @@ def train_lazy(
             hooks.PeriodicWriter(writers, period=train.log_period) if is_main else None,
         ]
     )
-    load_or_resume(checkpointer, train.init_checkpoint, resume)
+    load_for_training(cfg, checkpointer, resume)
     # A checkpoint holds the iteration that was just finished.
     start = trainer.iter + 1 if resume else 0
     say_if_finished(cfg, start)

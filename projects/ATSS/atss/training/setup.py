@@ -14,7 +14,14 @@ from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
 from detectron2.utils.logger import setup_logger
 
-from .configs import Config, available_device, check_schedule, get_setting, key_of
+from .configs import (
+    Config,
+    available_device,
+    check_schedule,
+    compare_with_saved,
+    get_setting,
+    key_of,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +48,7 @@ def set_up_run(cfg: Config, args: argparse.Namespace) -> None:
         args: of `training_parser`.
 
     Raises:
-        ValueError: the output folder cannot be made; see `check_schedule`.
+        ValueError: the output folder cannot be made; see `check_schedule`, `compare_with_saved`.
     """
     is_training = not getattr(args, "eval_only", False)
     if is_training:
@@ -63,6 +70,8 @@ def set_up_run(cfg: Config, args: argparse.Namespace) -> None:
             folder,
             key,
         )
+    if is_training and getattr(args, "resume", False):
+        compare_with_saved(cfg)  # before default_setup replaces the saved config
     default_setup(cfg, args)
     logger.info("%s", _first_screen(cfg, args, is_training))
 
