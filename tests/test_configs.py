@@ -261,6 +261,13 @@ def test_groups_give_biases_their_own_rate_and_leave_frozen_and_shared_parameter
         get_optimizer_params(model.requires_grad_(False), 1.0)
 
 
+def test_decay_of_norms_follows_the_decay_of_a_yaml_config():
+    cfg = load_yaml_config(str(REPO / "configs/Base-ATSS.yaml"), ["SOLVER.WEIGHT_DECAY", "0.3"])
+    model = nn.Sequential(nn.Conv2d(1, 1, 1), nn.GroupNorm(1, 1))
+    groups = group_summary(Trainer.build_optimizer(cfg, model), model)
+    assert groups["0.weight"][1] == groups["1.weight"][1] == 0.3
+
+
 def test_zoo_finds_configs_by_name_and_lists_them_otherwise():
     assert "coco/atss_R_50_FPN_1x" in model_zoo.list_configs()
     assert Path(model_zoo.config_file("toy/atss_toy")).name == "atss_toy.py"

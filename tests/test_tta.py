@@ -131,6 +131,7 @@ def test_release_views_are_those_of_the_paper():
         View(400, 1333, False, (96, math.inf)),
     ]
     assert views[-1] == View(1800, 3000, True, (0, 96))
+    assert max(view.max_size for view in release_views(max_size=1500)) == 1500
     half = release_views(flip=False, base_size=400)
     assert half[1] == View(200, 666, False, (48, math.inf)) and len(half) == 13
 
@@ -142,6 +143,9 @@ def test_yaml_config_describes_the_views(detector):
     model = ATSSWithTTA(cfg, detector)
     assert model.views == release_views() and model.merge == "soft-vote"
 
+    cfg.TEST.AUG.MAX_SIZE = 1500
+    assert ATSSWithTTA(cfg, detector).views == release_views(max_size=1500)
+    cfg.TEST.AUG.MAX_SIZE = 4000
     cfg.merge_from_list(["TEST.AUG.MIN_SIZES", (64, 96), "TEST.AUG.FLIP", False])
     cfg.merge_from_list(["TEST.AUG.MERGE", "nms", "TEST.DETECTIONS_PER_IMAGE", 9])
     model = ATSSWithTTA(cfg, detector)

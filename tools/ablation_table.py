@@ -18,6 +18,7 @@ import sys
 from pathlib import Path
 from typing import Any, List, Optional
 
+import _quiet  # noqa: F401
 import torch
 from _ablations.differences import describe_changes, faults
 from _ablations.report import (

@@ -19,6 +19,8 @@ import time
 from pathlib import Path
 from typing import Any, Dict, List, Tuple
 
+import _quiet  # noqa: F401
+
 # Without this, the profiler that counts memory writes its own log to the terminal.
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 

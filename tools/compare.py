@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Tuple
 
+import _quiet  # noqa: F401
 import torch
 from _markdown import markdown_table
 from _reference_models import NO_FCOS, fcos, has_fcos, retinanet, rpn

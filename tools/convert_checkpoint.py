@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Dict, List, Optional
 
+import _quiet  # noqa: F401
 from atss.checkpoint import (
     OVERRIDES_KEY,
     CheckpointError,

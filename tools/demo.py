@@ -16,16 +16,16 @@ import time
 from pathlib import Path
 from typing import Any, Dict, List
 
+import _quiet  # noqa: F401
 import cv2
 import torch
 from atss.checkpoint import ATSSCheckpointer
 from atss.data import register_toy_shapes
 from atss.model_zoo import config_file
-from atss.training import build_model, load_lazy_config, train_lazy
+from atss.training import build_model, load_lazy_config, set_up_run, train_lazy
 from atss.visualization import draw_assignment, draw_detections, plot_training, tile
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.engine import default_setup
 from detectron2.structures import Boxes
 
 QUICK = ["train.max_iter=60", "train.eval_period=60", "train.checkpointer.period=60"]
@@ -48,7 +48,7 @@ def main(args: argparse.Namespace) -> None:
     cfg = load_lazy_config(config_file("toy/atss_toy"), overrides)
     _, val_name = register_toy_shapes()
     _clear(output)
-    default_setup(cfg, argparse.Namespace(config_file="", eval_only=False, opts=overrides))
+    set_up_run(cfg, argparse.Namespace(config_file="", eval_only=False, opts=overrides))
 
     results = train_lazy(cfg)
     trained = time.perf_counter() - start

@@ -18,6 +18,7 @@ import warnings
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Tuple
 
+import _quiet  # noqa: F401
 import cv2
 import torch
 from atss.checkpoint import ATSSCheckpointer, load_or_resume
@@ -40,7 +41,13 @@ from atss.export import (
     write_metadata,
 )
 from atss.model_zoo import config_file, get_checkpoint_url
-from atss.training import find_config, load_lazy_config, load_yaml_config
+from atss.training import (
+    add_import_argument,
+    find_config,
+    import_modules,
+    load_lazy_config,
+    load_yaml_config,
+)
 from torch import nn
 
 from detectron2.config import instantiate
@@ -104,6 +111,7 @@ def parse_arguments(argv: Optional[List[str]] = None) -> argparse.Namespace:
     parser.add_argument(
         "--check-image", metavar="FILE", help="image to compare on; synthetic ones by default"
     )
+    add_import_argument(parser)
     parser.add_argument(
         "opts",
         nargs=argparse.REMAINDER,
@@ -119,6 +127,7 @@ def export(args: argparse.Namespace) -> bool:
         USER_ERRORS: where that is impossible; the output is then left as it was.
     """
     check_arguments(args)
+    import_modules(args.modules)
     image = None if args.check_image is None else read_image(args.check_image)
     cfg, model, class_names = build(args)
     size = tuple(args.size)

@@ -7,25 +7,22 @@
         --train-json train.json --train-images train/ --val-json val.json --val-images val/
 """
 
+import _quiet  # noqa: F401
 from atss.training import (
     choose_data,
-    compare_with_saved,
     evaluate_checkpoint,
     load_lazy_config,
     run,
+    set_up_run,
     train_lazy,
     training_parser,
 )
-
-from detectron2.engine import default_setup
 
 
 def main(args):
     cfg = load_lazy_config(args.config_file, args.opts)
     choose_data(cfg, args)
-    if args.resume and not args.eval_only:
-        compare_with_saved(cfg)
-    default_setup(cfg, args)
+    set_up_run(cfg, args)
     if args.eval_only:
         return evaluate_checkpoint(cfg, args.resume)
     return train_lazy(cfg, resume=args.resume)

@@ -10,13 +10,13 @@ step is in `do_train`.
 
 import logging
 
+import _quiet  # noqa: F401
 import torch
 from atss.device import compile_dense_parts
 from atss.training import (
     autocast_dtype,
     build_model,
     choose_data,
-    compare_with_saved,
     create_ddp_model,
     evaluate_checkpoint,
     evaluate_lazy,
@@ -25,12 +25,14 @@ from atss.training import (
     make_checkpointer,
     make_grad_scaler,
     run,
+    say_if_finished,
+    set_up_run,
     training_parser,
 )
 from fvcore.common.checkpoint import PeriodicCheckpointer
 
 from detectron2.config import instantiate
-from detectron2.engine import default_setup, default_writers
+from detectron2.engine import default_writers
 from detectron2.solver import LRMultiplier
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
@@ -56,6 +58,7 @@ def do_train(cfg, resume):
     load_for_training(cfg, checkpointer, resume)
     # The scheduler has counted the steps that are done.
     start_iter = scheduler.last_epoch if resume else 0
+    say_if_finished(cfg, start_iter)
 
     if cfg.train.get("compile", False):
         compile_dense_parts(model)
@@ -85,9 +88,11 @@ def do_train(cfg, resume):
                 scaler.step(optimizer)
                 scaler.update()
 
-            # Reading a loss waits for the GPU, so it is done only when somebody looks.
+            # Reading a loss waits for the GPU, so it is done only when somebody looks, and before
+            # weights are saved: those of a loss that is not finite must not be.
             is_last = iteration + 1 == max_iter
-            if (iteration + 1) % cfg.train.log_period == 0 or is_last:
+            is_logged = (iteration + 1) % cfg.train.log_period == 0 or is_last
+            if is_logged or (iteration + 1) % cfg.train.checkpointer.period == 0:
                 reduced = {k: v.item() for k, v in comm.reduce_dict(loss_dict).items()}
                 if is_main:
                     if not all(torch.isfinite(torch.tensor(v)) for v in reduced.values()):
@@ -105,7 +110,7 @@ def do_train(cfg, resume):
                         storage.put_scalars(**scalars, smoothing_hint=False)
                 comm.synchronize()
             if is_main:
-                if (iteration + 1) % cfg.train.log_period == 0 or is_last:
+                if is_logged:
                     for writer in writers:
                         writer.write()
                 periodic_checkpointer.step(iteration)
@@ -116,9 +121,7 @@ def do_train(cfg, resume):
 def main(args):
     cfg = load_lazy_config(args.config_file, args.opts)
     choose_data(cfg, args)
-    if args.resume and not args.eval_only:
-        compare_with_saved(cfg)
-    default_setup(cfg, args)
+    set_up_run(cfg, args)
     if args.eval_only:
         return evaluate_checkpoint(cfg, args.resume)
     return do_train(cfg, args.resume)

@@ -7,20 +7,17 @@
         MODEL.WEIGHTS output/atss_R_50_FPN_1x/model_final.pth
 """
 
+import _quiet  # noqa: F401
 from atss.checkpoint import require_weights
 from atss.trainer import Trainer
-from atss.training import choose_data, compare_with_saved, load_yaml_config, run, training_parser
-
-from detectron2.engine import default_setup
+from atss.training import choose_data, load_yaml_config, run, set_up_run, training_parser
 
 
 def main(args):
     cfg = load_yaml_config(args.config_file, args.opts)
     choose_data(cfg, args)
     cfg.freeze()
-    if args.resume and not args.eval_only:
-        compare_with_saved(cfg)
-    default_setup(cfg, args)
+    set_up_run(cfg, args)
     if args.eval_only:
         return Trainer.evaluate_checkpoint(cfg, args.resume)
     # Before the data are loaded, which takes long.

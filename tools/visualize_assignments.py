@@ -12,6 +12,7 @@ import argparse
 import os
 import sys
 
+import _quiet  # noqa: F401
 import cv2
 import torch
 from atss.anchors import GridAnchorGenerator, octave_sizes
@@ -23,6 +24,7 @@ from detectron2.data import DatasetCatalog
 from detectron2.structures import Boxes
 
 STRIDES = (8, 16, 32, 64, 128)
+MAX_SIDE = 640  # pixels of a panel
 
 
 def rules(topk: int):
@@ -46,7 +48,11 @@ def parse_arguments(arguments=None) -> argparse.Namespace:
     parser.add_argument("--json", metavar="FILE", help="your COCO annotations (default: toy set)")
     parser.add_argument("--images", metavar="FOLDER", help="folder of the images of --json")
     parser.add_argument("--index", type=int, default=None, help="which image of the set, from 0")
-    parser.add_argument("--zoom", type=float, default=1.0, help="size of the picture, 0.5 is half")
+    parser.add_argument(
+        "--zoom",
+        type=float,
+        help=f"size of a panel, 0.5 is half; by default 1, less for images above {MAX_SIDE} px",
+    )
     parser.add_argument("--output", default="output/assignments.png", metavar="FILE")
     return parser.parse_args(arguments)
 
@@ -84,18 +90,20 @@ def draw(args: argparse.Namespace):
     height, width = image.shape[:2]
     features = [torch.empty(1, 1, -(-height // s), -(-width // s)) for s in STRIDES]
     anchors = generator.grid(features)
+    zoom = args.zoom or min(1.0, MAX_SIDE / max(height, width))
+    image = cv2.resize(image, None, fx=zoom, fy=zoom, interpolation=cv2.INTER_AREA)
+    # The rule sees all levels; the picture shows the first ones.
+    shown = [Boxes(level.tensor * zoom) for level in anchors.boxes[: args.levels]]
     rows = []
     for name in args.rules:
         title, assigner = rules(args.topk)[name]
         assignment = assigner(anchors, [gt_boxes])
         names = [f"P{i + 3}" for i in range(args.levels)]
-        # The rule sees all levels; the picture shows the first ones.
         row = draw_assignment(
-            image, anchors.boxes[: args.levels], assignment, gt_boxes, level_names=names
+            image, shown, assignment, Boxes(gt_boxes.tensor * zoom), level_names=names
         )
         rows.append(with_title(row, title))
-    picture = tile(rows, columns=1, gap=8)
-    return cv2.resize(picture, None, fx=args.zoom, fy=args.zoom, interpolation=cv2.INTER_AREA)
+    return tile(rows, columns=1, gap=8)
 
 
 def main(args: argparse.Namespace) -> None:

@@ -8,7 +8,6 @@ from ..common.train import train
 
 dataloader.train.dataset.with_masks = True
 dataloader.train.mapper.use_instance_mask = True
-dataloader.train.mapper.recompute_boxes = True
 dataloader.evaluator.tasks = ["bbox", "segm"]
 dataloader.train.dataset.num_classes = "${model.roi_heads.num_classes}"
 train.output_dir = "output/mask_rcnn_atss_R_50_FPN_1x"

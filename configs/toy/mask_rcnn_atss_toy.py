@@ -12,6 +12,5 @@ model.roi_heads.mask_head.conv_dims = [64, 64, 64]
 
 dataloader.train.dataset.with_masks = True
 dataloader.train.mapper.use_instance_mask = True
-dataloader.train.mapper.recompute_boxes = True
 dataloader.evaluator.tasks = ["bbox", "segm"]
 train.output_dir = "output/mask_rcnn_atss_toy"

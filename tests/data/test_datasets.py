@@ -7,14 +7,17 @@ import json
 import logging
 import shutil
 
+import atss
 import numpy as np
 import pytest
 import torch
 from atss.data import (
+    NamingMapper,
     ToyShapesOptions,
     add_dataset_arguments,
     check_coco_json,
     check_dataset_dicts,
+    coco_evaluator,
     load_dataset_dicts,
     register_coco_json,
     register_from_arguments,
@@ -22,8 +25,11 @@ from atss.data import (
 )
 from atss.data.classes import common_classes
 from atss.data.toy_shapes import render_dataset, render_image, split_paths
+from atss.model_zoo import get_config
+from PIL import Image
 from pycocotools import mask as mask_api
 
+from detectron2.config import instantiate
 from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
 from detectron2.evaluation import COCOEvaluator
@@ -34,12 +40,13 @@ SMALL = ToyShapesOptions(image_size=96, max_size=60, num_train=8, num_val=4)
 
 @pytest.fixture(autouse=True)
 def catalogs():
-    """Leave Detectron2's global catalogs as they were."""
-    before = set(DatasetCatalog), set(MetadataCatalog)
+    """Leave Detectron2's global catalogs as they were; start without sets of other tests."""
+    before = [(catalog, dict(catalog.data)) for catalog in (DatasetCatalog, MetadataCatalog)]
+    for catalog, entries in before:
+        catalog.data = {name: e for name, e in entries.items() if not name.startswith("own_")}
     yield
-    for catalog, names in zip((DatasetCatalog, MetadataCatalog), before):
-        for name in set(catalog) - names:
-            catalog.pop(name)
+    for catalog, entries in before:
+        catalog.data = entries
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +62,7 @@ def own(tmp_path):
     """A valid COCO set of two 40x30 images: category ids 3 and 7, out of order and with a gap."""
     (tmp_path / "images").mkdir()
     for name in ("a.jpg", "b.jpg"):
-        (tmp_path / "images" / name).write_bytes(b"")
+        Image.new("RGB", (40, 30)).save(tmp_path / "images" / name)
     data = {
         "categories": [{"id": 7, "name": "dog"}, {"id": 3, "name": "cat"}],
         "images": [
@@ -322,6 +329,88 @@ def test_detectron2_drops_the_boxes_that_are_counted_and_no_others(tmp_path):
     assert len(check_dataset_dicts(loaded, 6, "few")[0]["annotations"]) == 3
 
 
+def test_boxes_that_reach_out_of_their_image_are_counted_in_one_line(own, caplog):
+    folder, data = own
+    reaching = [(30, 5, 20, 8), (-3, 5, 9, 9)]
+    inside = [(-0.5, 0, 40.8, 30)]  # within rounding
+    data["annotations"] += [annotation(20 + i, 2, 3, b) for i, b in enumerate(reaching + inside)]
+    check_coco_json(*write(folder, data), for_evaluation=True)
+    assert len(caplog.records) == 1
+    assert "set.json: 2 boxes reach out of their image. Training clips them" in caplog.text
+
+
+def test_category_names_may_be_numbers(own):
+    folder, data = own
+    data["categories"][0]["name"] = 7
+    files = write(folder, data)
+    register_coco_json("mine", *files)
+    records = DatasetCatalog.get("mine")
+    assert [a["category_id"] for a in records[0]["annotations"]] == [1, 0]
+    assert MetadataCatalog.get("mine").thing_classes == ["cat", "7"]
+    assert MetadataCatalog.get("mine").evaluator_type == "coco"
+
+
+def test_byte_order_mark_is_named_because_cocos_own_reader_refuses_it(own):
+    folder, data = own
+    (folder / "set.json").write_text(json.dumps(data), encoding="utf-8-sig")
+    with raises_with("set.json", "byte order mark", "UTF-8 without"):
+        check_coco_json(folder / "set.json", folder / "images")
+
+
+# Image files
+
+
+def truncate(file):
+    Image.fromarray(np.random.randint(0, 255, (30, 40, 3), np.uint8)).save(file)
+    file.write_bytes(file.read_bytes()[:-200])
+
+
+def rotate(file):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (40, 30)).save(file, exif=exif)
+
+
+@pytest.mark.parametrize(
+    "spoil, words",
+    [
+        (rotate, ["rotation in its EXIF", "40x30", "remove the EXIF orientation", "swap width"]),
+        (lambda file: Image.new("RGB", (50, 30)).save(file), ["50x30", "40x30"]),
+        (lambda file: file.write_bytes(b"no image"), ["cannot be read", "replace it"]),
+        (
+            lambda file: Image.fromarray(np.full((30, 40), 9999, np.uint16)).save(file, "PNG"),
+            ["more than 8 bits", "convert"],
+        ),
+    ],
+    ids=["EXIF", "size", "text", "16 bit"],
+)
+def test_what_the_header_of_an_image_tells_is_said_before_training(own, spoil, words):
+    folder, data = own
+    spoil(folder / "images" / "b.jpg")
+    with raises_with("b.jpg", "set.json", *words):
+        check_coco_json(folder / "set.json", folder / "images")
+    entry = {**data["images"][1], "file_name": str(folder / "images" / "b.jpg")}
+    with raises_with("b.jpg", "zoo", *words):
+        check_dataset_dicts([entry], 1, "zoo")
+
+
+def test_rotated_image_whose_annotations_say_so_is_fine(own):
+    folder, data = own
+    rotate(folder / "images" / "b.jpg")
+    data["images"][1].update(width=30, height=40)
+    assert check_coco_json(*write(folder, data)).num_images == 2
+
+
+def test_truncated_image_is_named_where_it_is_read(own):
+    folder, data = own
+    truncate(folder / "images" / "b.jpg")
+    register_coco_json("mine", folder / "set.json", folder / "images")  # the header is good
+    mapper = NamingMapper(True, augmentations=[], image_format="BGR")
+    entry = DatasetCatalog.get("mine")[1]
+    with raises_with("b.jpg", "truncated", "Replace the file"):
+        mapper(entry)
+
+
 # Number of classes
 
 
@@ -424,6 +513,38 @@ def test_toy_set_of_the_config_is_rendered_when_it_is_missing(tmp_path, monkeypa
     monkeypatch.setattr("atss.data.registration.ToyShapesOptions", lambda: SMALL)  # in less time
     found = register_from_arguments(parse(), ("toy_shapes_train",), ("toy_shapes_val",))
     assert found.num_classes == 6 and list((tmp_path / "toy_shapes").glob("*/train"))
+
+
+def test_toy_set_is_known_to_whoever_imports_the_package_and_rendered_when_loaded(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
+    monkeypatch.setattr("atss.data.registration.ToyShapesOptions", lambda: SMALL)  # in less time
+    atss.defer_toy_shapes()
+    assert "toy_shapes_train" in DatasetCatalog and not list(tmp_path.iterdir())
+    cfg = get_config("toy/atss_toy")  # as Detectron2's tools build it
+    cfg.dataloader.test.num_workers = 0
+    assert len(instantiate(cfg.dataloader.test)) == SMALL.num_val
+    evaluator = instantiate(cfg.dataloader.evaluator)
+    assert evaluator._metadata.json_file.startswith(str(tmp_path))
+
+
+def test_evaluator_asks_for_one_set():
+    for names in ([], ["a", "b"]):
+        with raises_with("one data set", str(names), "dataloader.test.dataset.names"):
+            coco_evaluator(names, ["bbox"])
+
+
+def test_set_without_a_coco_file_is_evaluated_with_one_in_the_output_folder(own):
+    folder, data = own
+    entry = {**record([0, 0, 9, 9]), "file_name": str(folder / "images" / "a.jpg")}
+    DatasetCatalog.register("made_in_python", lambda: [entry])
+    MetadataCatalog.get("made_in_python").set(thing_classes=["cat"])
+    cfg = get_config("toy/atss_toy")
+    cfg.dataloader.test.dataset.names = ["made_in_python"]
+    cfg.train.output_dir = str(folder / "out")
+    instantiate(cfg.dataloader.evaluator)
+    assert list((folder / "out" / "inference").glob("made_in_python*.json"))
 
 
 def test_missing_files_of_a_registered_set_are_named_before_training(tmp_path):

@@ -2,10 +2,12 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from atss.data import ToyShapesOptions
@@ -43,9 +45,9 @@ def data(tmp_path_factory):
     return arguments
 
 
-def run_tool(tool, arguments, cwd, ok=True):
+def run_tool(tool, arguments, cwd, ok=True, warnings="ignore"):
     """Output of a tool, which must succeed, or fail, as expected."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": warnings}
     process = subprocess.run(
         [sys.executable, str(REPO / "tools" / f"{tool}.py"), *map(str, arguments)],
         cwd=cwd, env=environment, capture_output=True, text=True, timeout=300,
@@ -159,7 +161,8 @@ def test_two_processes_equal_one_with_the_same_global_batch(data, tmp_path):
         initial = [f"train.init_checkpoint={tmp_path / 'initial.pth'}"]
         if processes == 1:
             make_initial_weights(tmp_path / "initial.pth")
-        run_tool(tool, [*arguments, *seeded, *initial], tmp_path)
+        text = run_tool(tool, [*arguments, *seeded, *initial], tmp_path, warnings="default")
+        assert "FutureWarning" not in text
         results.append(weights(output / "model_final.pth"))
     start = weights(tmp_path / "initial.pth")
     moved = 0
@@ -197,6 +200,89 @@ def test_mistakes_end_in_one_line_and_exit_code_one(tool, overrides, words, data
     )
     last = text.strip().splitlines()[-1]
     assert all(word in last for word in words), text[-1500:]
+
+
+@pytest.mark.parametrize("tool", ["train_net", "lazyconfig_train_net", "plain_train_net"])
+def test_training_on_your_data_needs_no_validation_set(tool, data, tmp_path):
+    output = tmp_path / "out"
+    text = run_tool(tool, arguments_for(tool, output, data[:4], 2), tmp_path)
+    assert "nothing will be evaluated" in text
+    assert (output / "model_final.pth").exists() and (output / "config.yaml").exists()
+
+
+def test_screen_is_short_and_the_rest_is_in_the_log(data, tmp_path):
+    tool, output = "lazyconfig_train_net", tmp_path / "out"
+    text = run_tool(tool, arguments_for(tool, output, data, 5), tmp_path, warnings="default")
+    before = text.partition("total_loss")[0].splitlines()
+    assert len(before) < 30, text
+    for word in (
+        "train on own_train, evaluate on own_val", "classes  4", "device   cpu, 1 process",
+        "weights  random", "5 iterations of 2 images", f"output   {output}",
+    ):  # fmt: skip
+        assert word in text
+    log = (output / "log.txt").read_text()
+    assert log.count("Rank of current process: 0") == 1
+    assert log.count("This run:") == 1 and "(backbone): FPN" in log
+    assert "FutureWarning" not in text and "\x1b" not in text + log
+
+    # A second run into the folder is not silent; a run that is finished says so.
+    text = run_tool(tool, arguments_for(tool, output, data, 2), tmp_path)
+    assert f"{output} has the results of an earlier run" in text
+    text = run_tool(tool, arguments_for(tool, output, data, 2, "--resume"), tmp_path)
+    assert "results of an earlier run" not in text
+    assert (
+        "This run is finished: its last checkpoint has 2 iterations. Raise train.max_iter" in text
+    )
+
+
+def test_truncated_image_ends_training_in_one_line_that_names_it(data, tmp_path):
+    images = tmp_path / "images"
+    shutil.copytree(data[3], images)
+    for file in images.iterdir():
+        file.write_bytes(file.read_bytes()[:-3000])
+    yours = ["--train-json", data[1], "--train-images", images]
+    tool = "lazyconfig_train_net"
+    overrides = ["dataloader.train.num_workers=1"]
+    text = run_tool(
+        tool, arguments_for(tool, tmp_path / "o", yours, 2, *overrides), tmp_path, False
+    )
+    last = text.strip().splitlines()[-1]
+    assert last.startswith(f"ValueError: {images}") and "Replace the file" in last
+    assert "Traceback" not in text
+
+
+def test_mistakes_of_several_processes_end_in_one_line_whatever_their_class(data, tmp_path):
+    (tmp_path / "mistaken.py").write_text(
+        "import multiprocessing\nclass Own(ValueError): pass\n"
+        "if multiprocessing.parent_process(): raise Own('dear')\n"
+    )
+    arguments = arguments_for("lazyconfig_train_net", tmp_path / "out", data, 2)
+    start = arguments.index(data[0])
+    for flags, message in (
+        (["--import", "mistaken"], "Own: dear"),
+        ([], "A batch of 3 images cannot be shared by 2 processes"),
+    ):
+        given = [*arguments[:start], "--num-gpus", "2", *flags, *arguments[start:]]
+        text = run_tool(
+            "lazyconfig_train_net", [*given, "dataloader.train.total_batch_size=3"], tmp_path, False
+        )
+        assert message in text.strip().splitlines()[-1], text[-3000:]
+        assert "Traceback" not in text
+
+
+def test_your_own_part_is_imported_and_takes_its_own_keys(data, tmp_path):
+    (tmp_path / "my_rule.py").write_text(
+        "from atss import ASSIGNER_REGISTRY, ATSSAssigner\n\n\n"
+        "@ASSIGNER_REGISTRY.register()\nclass MyRule(ATSSAssigner):\n"
+        "    def __init__(self, my_key=1):\n        super().__init__(topk=my_key)\n"
+        "        print('my key is', my_key)\n"
+    )
+    name = "MODEL.ATSS.ASSIGNER"
+    overrides = ["--import", "my_rule", f"{name}.NAME", "MyRule", f"{name}.MY_KEY", "3"]
+    arguments = arguments_for("train_net", tmp_path / "out", data, 2)
+    text = run_tool("train_net", [*arguments[:2], *overrides[:2], *arguments[2:], *overrides[2:]],
+                    tmp_path)  # fmt: skip
+    assert "my key is 3" in text
 
 
 def test_weights_of_something_else_are_refused(data, tmp_path):
@@ -245,5 +331,20 @@ def test_assignments_of_own_images_are_drawn(data, tmp_path):
     import cv2
 
     assert cv2.imread(str(tmp_path / "a.png")).shape[0] > 2 * 64
+    large = tmp_path / "large"
+    large.mkdir()
+    content = json.loads(Path(data[5]).read_text())
+    for image in content["images"]:
+        image.update(width=3000, height=2000)
+    cv2.imwrite(str(large / content["images"][0]["file_name"]), np.zeros((2000, 3000, 3), np.uint8))
+    content["images"] = content["images"][:1]
+    first = content["images"][0]["id"]
+    content["annotations"] = [a for a in content["annotations"] if a["image_id"] == first]
+    (tmp_path / "large.json").write_text(json.dumps(content))
+    options = ["--rules", "atss", "--levels", "2", "--output", "b.png"]
+    run_tool(
+        "visualize_assignments", ["--json", "large.json", "--images", large, *options], tmp_path
+    )
+    assert cv2.imread(str(tmp_path / "b.png")).shape[1] == 2 * 640 + 4
     text = run_tool("visualize_assignments", ["--json", data[5]], tmp_path, ok=False)
     assert "--json and --images need each other" in text

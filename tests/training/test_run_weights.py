@@ -15,14 +15,13 @@ from atss.trainer import Trainer
 from atss.training import (
     build_model,
     choose_data,
-    compare_with_saved,
     evaluate_checkpoint,
     load_lazy_config,
     load_yaml_config,
     runs,
     train_lazy,
 )
-from atss.training.configs import put_setting, save_config
+from atss.training.configs import compare_with_saved, put_setting, save_config
 from conftest import REPO
 
 from detectron2.data import DatasetCatalog, MetadataCatalog

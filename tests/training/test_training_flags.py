@@ -2,6 +2,8 @@
 
 import argparse
 import importlib
+import logging
+import sys
 
 import pytest
 import torch
@@ -15,11 +17,14 @@ from atss.training import (
     choose_data,
     configs,
     evaluate_checkpoint,
+    import_modules,
     launch,
     load_lazy_config,
     load_yaml_config,
     loop,
     runs,
+    set_up_run,
+    setup,
 )
 from conftest import REPO, make_input, tiny_detector
 
@@ -82,11 +87,13 @@ def test_eval_only_prepares_and_augments_as_the_config_says(tool, data, tmp_path
     if tool == "train_net":
         (file, opts), load = YAML, load_yaml_config
         settings = ["TEST.PREPARE.ENABLED", "True", "TEST.PREPARE.PRECISION", "bfloat16",
-                    "TEST.AUG.ENABLED", "True", "OUTPUT_DIR", str(tmp_path)]  # fmt: skip
+                    "TEST.AUG.ENABLED", "True", "TEST.AUG.MAX_SIZE", "300",
+                    "OUTPUT_DIR", str(tmp_path)]  # fmt: skip
     else:
         (file, opts), load = LAZY, load_lazy_config
         settings = ["train.prepare.enabled=True", "train.prepare.precision=bfloat16",
-                    "train.tta.enabled=True", f"train.output_dir={tmp_path}"]  # fmt: skip
+                    "train.tta.enabled=True", "train.tta.max_size=300",
+                    f"train.output_dir={tmp_path}"]  # fmt: skip
     opts = [*opts, *settings]
     args = argparse.Namespace(config_file=file, opts=opts, eval_only=True, resume=True, **data)
     assert module.device_of(args) == "cpu"
@@ -103,7 +110,7 @@ def test_eval_only_prepares_and_augments_as_the_config_says(tool, data, tmp_path
 
     monkeypatch.setattr(runs, "inference_on_dataset", evaluate)
     monkeypatch.setattr("detectron2.engine.defaults.inference_on_dataset", evaluate)
-    monkeypatch.setattr(module, "default_setup", lambda *_: None)
+    monkeypatch.setattr(module, "set_up_run", lambda *_: None)
 
     assert module.main(args) == {"bbox": {"AP": 1.0}, "bbox_TTA": {"AP": 2.0}}
 
@@ -111,7 +118,7 @@ def test_eval_only_prepares_and_augments_as_the_config_says(tool, data, tmp_path
     assert plain.is_prepared_for_inference
     assert plain.backbone.bottom_up.stem.conv1.weight.dtype == torch.bfloat16
     assert augmented.model is plain
-    assert augmented.views == tta.release_views(base_size=256)
+    assert augmented.views == tta.release_views(base_size=256, max_size=300)
 
 
 def test_device_of_the_config_decides_how_workers_talk(monkeypatch):
@@ -127,6 +134,135 @@ def test_device_of_the_config_decides_how_workers_talk(monkeypatch):
     assert spawned == [2]
     with pytest.raises(ValueError, match="2 processes need as many GPUs, this machine has 1"):
         launch.launch(print, 2, device="cuda")
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ((0,), "at least one process, got --num-gpus 0"),
+        ((1, 2, 2), "--machine-rank 2 of --num-machines 2"),
+    ],
+)
+def test_processes_that_cannot_be_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        launch.launch(print, *options)
+
+
+@pytest.mark.parametrize(
+    "override, message",
+    [
+        ("train.max_iter=1e3", "train.max_iter needs a whole number, such as 1000, got 1000.0"),
+        ("train.max_iter=many", "train.max_iter needs a whole number.*got 'many'"),
+        ("train.amp.enabled=1", "train.amp.enabled needs true or false, such as True, got 1"),
+        ("optimizer.lr=None", "optimizer.lr needs a number, .*null is Python's None"),
+        ("train.output_dir=3", "train.output_dir needs text, such as 'output/atss_toy', got 3"),
+        ("model.asigner.topk=15", "Unknown config key 'model.asigner.topk'; model has .*assigner"),
+        ("model.assigner.tpk=15", "Unknown config key 'model.assigner.tpk'"),
+        ("train.max_iter=[", "Override 'train.max_iter=\\[' cannot be read"),
+        ("--resume", "--resume comes after an override"),
+        ("--num-gpus=2", "--num-gpus=2 comes after an override"),
+    ],
+)
+def test_override_that_does_not_fit_is_named(override, message):
+    with pytest.raises(ValueError, match=message):
+        load_lazy_config(LAZY[0], ["model.num_classes=3", override])
+
+
+def test_override_may_change_what_constructors_take():
+    overrides = [
+        "model.anchor_generator.offset=0", "model.selector.nms_thresh=1", "model.box_offset=0.5",
+        "train.tta.min_sizes=[64]", "model.head.bbox_bias=null", "model.loss.smooth_l1_beta=1",
+        "dataloader.train.sampler._target_=detectron2.data.samplers.TrainingSampler",
+        "dataloader.train.sampler.size=10",
+    ]  # fmt: skip
+    cfg = load_lazy_config(LAZY[0], overrides)
+    assert cfg.model.box_offset == 0.5 and cfg.dataloader.train.sampler.size == 10
+
+
+def test_unknown_argument_of_the_model_is_a_sentence():
+    with pytest.raises(ValueError, match="model.foo is no part of the detector"):
+        build_model(load_lazy_config(LAZY[0], ["model.foo=3"]))
+
+
+def test_options_and_configs_of_the_other_kind_are_refused():
+    with pytest.raises(ValueError, match="--resume comes after an override"):
+        load_yaml_config(YAML[0], ["SOLVER.MAX_ITER", "3", "--resume"])
+    with pytest.raises(ValueError, match="atss_toy.py is a LazyConfig.*lazyconfig_train_net"):
+        load_yaml_config(LAZY[0])
+    with pytest.raises(ValueError, match="atss_toy.yaml is a YAML config.*tools/train_net.py"):
+        load_lazy_config(YAML[0])
+
+
+def test_nodes_of_parts_take_new_keys_on_the_command_line_and_others_do_not():
+    cfg = load_yaml_config(YAML[0], ["MODEL.ATSS.ASSIGNER.MY_KEY", "3", "SEED", "5"])
+    assert cfg.MODEL.ATSS.ASSIGNER.MY_KEY == 3 and cfg.SEED == 5
+    with pytest.raises(ValueError, match="Unknown config key 'MODEL.ATSS.MY_KEY'"):
+        load_yaml_config(YAML[0], ["MODEL.ATSS.MY_KEY", "3"])
+
+
+@pytest.mark.parametrize(
+    "lazy, yaml, processes, message",
+    [
+        ("train.max_iter=0", ["SOLVER.MAX_ITER", "0"], 1, "iterations >= 1, got 0. Change {}"),
+        (
+            "dataloader.train.total_batch_size=3",
+            ["SOLVER.IMS_PER_BATCH", "3"],
+            2,
+            "batch of 3 images cannot be shared by 2 processes.*Change {} or --num-gpus",
+        ),
+    ],
+)
+def test_schedule_that_cannot_be_is_named_with_its_key(lazy, yaml, processes, message):
+    for cfg, key in (
+        (load_lazy_config(LAZY[0], [lazy]), lazy.partition("=")[0]),
+        (load_yaml_config(YAML[0], yaml), yaml[0]),
+    ):
+        with pytest.raises(ValueError, match=message.format(key)):
+            configs.check_schedule(cfg, processes)
+
+
+def test_module_to_import_may_lie_in_the_current_folder_and_is_named_where_it_is_not(
+    tmp_path, monkeypatch, capsys
+):
+    (tmp_path / "parts_of_mine.py").write_text("print('imported')")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.path", [*sys.path])
+    import_modules(["parts_of_mine"])
+    assert capsys.readouterr().out == "imported\n"
+    with pytest.raises(ValueError, match="--import no_such_module: No module named"):
+        import_modules(["no_such_module"])
+
+
+def test_output_folder_that_cannot_be_made_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    cfg = load_lazy_config(LAZY[0], [f"train.output_dir={tmp_path}/file/out"])
+    with pytest.raises(ValueError, match="file/out' cannot be made .*Change train.output_dir"):
+        set_up_run(cfg, argparse.Namespace())
+
+
+def test_long_messages_and_colours_stay_out_of_what_is_not_for_them():
+    plain = logging.Formatter()
+    record = logging.LogRecord(
+        "detectron2.evaluation", 20, "", 0, "\x1b[31mhead\x1b[0m", None, None
+    )
+    assert setup._TidyFormatter(plain, True, True).format(record) == record.msg
+    assert setup._TidyFormatter(plain, True, False).format(record) == "head"
+    assert setup._TidyFormatter(plain, False, True).format(record) == "head"
+    record.msg = "Per-category AP:\n" + "nan\n" * 333
+    assert setup._TidyFormatter(plain, False, True).format(record) == record.msg
+    short = setup._TidyFormatter(plain, True, True).format(record)
+    assert short == "Per-category AP: (334 lines, in log.txt)"
+
+
+def test_plain_loop_saves_no_weights_of_a_loss_that_is_not_finite(data, tmp_path, monkeypatch):
+    module = importlib.import_module("plain_train_net")
+    settings = ["train.max_iter=4", "train.checkpointer.period=2", "train.log_period=3",
+                f"train.output_dir={tmp_path}", "optimizer.lr=1e30"]  # fmt: skip
+    cfg = load_lazy_config(LAZY[0], [*LAZY[1], *settings])
+    choose_data(cfg, argparse.Namespace(**data))
+    with pytest.raises(FloatingPointError, match="iteration 1"):
+        module.do_train(cfg, resume=False)
+    assert not list(tmp_path.glob("*.pth"))
 
 
 class FakeScaler:

@@ -56,7 +56,8 @@ def orderings(rows: Sequence[Row], results: Results) -> List[Tuple[str, str, str
         if a.table != b.table or a.ap is None or b.ap is None:
             continue
         expected = b.ap - a.ap
-        differences = [y - x for x, y in zip(_aps(results, a), _aps(results, b))]
+        # As printed: a difference that reads +0.0 has no sign.
+        differences = [round(y - x, 1) for x, y in zip(_aps(results, a), _aps(results, b))]
         signs = {(difference > 0) - (difference < 0) for difference in differences}
         sign = 1 if expected > 0 else -1
         if abs(expected) <= EQUAL_AP + 1e-6:

@@ -47,6 +47,7 @@ SIZES = {
 
 _TRAIN_KEYS = ("train.max_iter", "train.amp.enabled", "train.amp.precision")
 _WITHOUT_EFFECT = (
+    "dataloader.evaluator.output_dir",
     "train.output_dir",
     "train.eval_period",
     "train.log_period",
@@ -107,9 +108,9 @@ def fingerprint(cfg: DictConfig) -> str:
     def counts(key: str) -> bool:
         # Entries of `train` count where they differ from the toy config, so that adding an entry
         # there does not make finished runs look different; folders and periods never count.
-        if not key.startswith("train.") or key in _TRAIN_KEYS:
-            return True
-        return not key.startswith(_WITHOUT_EFFECT) and flat[key] != toy.get(key)
+        if key.startswith(_WITHOUT_EFFECT):
+            return False
+        return not key.startswith("train.") or key in _TRAIN_KEYS or flat[key] != toy.get(key)
 
     flat = {key: value for key, value in flat.items() if counts(key)}
     content = json.dumps(flat, sort_keys=True, default=str)

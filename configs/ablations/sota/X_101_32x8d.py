@@ -16,12 +16,10 @@ row = dict(
     parent="coco/atss_X_101_32x8d_FPN_2x",
     changes=[
         'dataloader.test.dataset.names: ["coco_2017_val"] -> ["coco_2017_test-dev"]',
-        "dataloader.evaluator.output_dir",
         "train.eval_period: 5000 -> 0",
     ],
 )
 
 dataloader.test.dataset.names = ["coco_2017_test-dev"]
-dataloader.evaluator.output_dir = "${train.output_dir}/inference"
 train.eval_period = 0  # only at the end: test-dev has no public ground truth
 train.output_dir = "output/ablations/sota/X_101_32x8d"

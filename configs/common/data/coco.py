@@ -5,23 +5,21 @@
 
 from omegaconf import OmegaConf
 
-from atss.data import load_dataset_dicts
+from atss.data import NamingMapper, coco_evaluator, load_dataset_dicts
 import detectron2.data.transforms as T
 from detectron2.config import LazyCall as L
 from detectron2.data import (
-    DatasetMapper,
     build_detection_test_loader,
     build_detection_train_loader,
     get_detection_dataset_dicts,
 )
-from detectron2.evaluation import COCOEvaluator
 
 dataloader = OmegaConf.create()
 
 dataloader.train = L(build_detection_train_loader)(
     # Checks every annotation before the first step.
     dataset=L(load_dataset_dicts)(names=["coco_2017_train"], num_classes="${model.num_classes}"),
-    mapper=L(DatasetMapper)(
+    mapper=L(NamingMapper)(
         is_train=True,
         augmentations=[
             L(T.ResizeShortestEdge)(short_edge_length=[800], sample_style="choice", max_size=1333),
@@ -36,7 +34,7 @@ dataloader.train = L(build_detection_train_loader)(
 
 dataloader.test = L(build_detection_test_loader)(
     dataset=L(get_detection_dataset_dicts)(names=["coco_2017_val"], filter_empty=False),
-    mapper=L(DatasetMapper)(
+    mapper=L(NamingMapper)(
         is_train=False,
         augmentations=[L(T.ResizeShortestEdge)(short_edge_length=800, max_size=1333)],
         image_format="${model.input_format}",
@@ -44,7 +42,11 @@ dataloader.test = L(build_detection_test_loader)(
     num_workers=4,
 )
 
-dataloader.evaluator = L(COCOEvaluator)(dataset_name="${..test.dataset.names.0}", tasks=["bbox"])
+dataloader.evaluator = L(coco_evaluator)(
+    dataset_names="${..test.dataset.names}",
+    tasks=["bbox"],
+    output_dir="${train.output_dir}/inference",
+)
 
 # With sample_style="range" the short edge is drawn from 640 to 800, both included.
 multi_scale_resize = L(T.ResizeShortestEdge)(

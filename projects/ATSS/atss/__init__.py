@@ -30,6 +30,7 @@ from .backbone import build_atss_resnet_fpn_backbone, resnet_fpn
 from .box_regression import Box2BoxTransform, PointToBoxTransform
 from .build import ASSIGNER_REGISTRY, BOX2BOX_TRANSFORM_REGISTRY, CLASS_LOSS_REGISTRY, LOSS_REGISTRY
 from .config import add_atss_config
+from .data import defer_toy_shapes
 from .detector import ATSSDetector, build_detector
 from .head import ATSS_HEAD_REGISTRY, ATSSHead
 from .layers import DeformConv2d, PackedDeformConv2d, swap_deform_convs
@@ -39,6 +40,8 @@ from .predictions import DensePredictions, PredictionsAt
 from .proposal_generator import ATSS
 
 __version__ = "0.2.0"
+
+defer_toy_shapes()
 
 __all__ = [
     "ASSIGNER_REGISTRY",

@@ -5,7 +5,7 @@ model.
 """
 
 import inspect
-from typing import Any, Dict, Mapping, Tuple
+from typing import Any, Callable, Dict, Mapping, Tuple
 
 from detectron2.layers import ShapeSpec
 from detectron2.modeling.anchor_generator import build_anchor_generator
@@ -163,7 +163,7 @@ def build_part(registry: Registry, cfg, path: str, **defaults) -> Any:
         for key, value in node.items()
         if key != "NAME" and value is not None and not isinstance(value, Mapping)
     }
-    accepted, takes_any = _accepted(part)
+    accepted, takes_any = accepted_arguments(part)
     unknown = [] if takes_any else [key.upper() for key in arguments if key not in accepted]
     if unknown:
         raise ValueError(
@@ -174,8 +174,8 @@ def build_part(registry: Registry, cfg, path: str, **defaults) -> Any:
     return part(**{**given, **arguments})
 
 
-def _accepted(part: type) -> Tuple[Tuple[str, ...], bool]:
-    """Names of the arguments of a class, and whether it takes any others (`**kwargs`)."""
+def accepted_arguments(part: Callable) -> Tuple[Tuple[str, ...], bool]:
+    """Names of the arguments of a class or function; whether it takes any others (`**kwargs`)."""
     parameters = inspect.signature(part).parameters.values()
     takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)
     return tuple(p.name for p in parameters if p.kind is not p.VAR_KEYWORD), takes_any

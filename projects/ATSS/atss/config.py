@@ -81,6 +81,7 @@ def add_atss_config(cfg: CN) -> None:
     cfg.TEST.AUG.SOFT_SCORE_THRESH = 0.05
 
     cfg.SOLVER.OPTIMIZER = "SGD"  # or "AdamW"
+    cfg.SOLVER.WEIGHT_DECAY_NORM = None  # that of WEIGHT_DECAY
     # "float16" needs a GPU, "bfloat16" works everywhere, "auto" is bfloat16 where it is fast.
     cfg.SOLVER.AMP.PRECISION = "float16"
     cfg.SOLVER.CHANNELS_LAST = False

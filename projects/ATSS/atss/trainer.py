@@ -9,13 +9,13 @@ import torch
 from torch import nn
 
 from detectron2.config import CfgNode
-from detectron2.data import build_detection_train_loader
+from detectron2.data import build_detection_test_loader, build_detection_train_loader
 from detectron2.engine import DefaultTrainer, TrainerBase
 from detectron2.evaluation import COCOEvaluator
 from detectron2.solver.build import maybe_add_gradient_clipping
 from detectron2.utils import comm
 
-from .data import load_dataset_dicts
+from .data import NamingMapper, load_dataset_dicts
 from .optimizer import get_optimizer_params
 from .training.configs import get_setting
 from .training.runs import (
@@ -25,6 +25,7 @@ from .training.runs import (
     evaluate_with_tta,
     load_for_training,
     make_checkpointer,
+    say_if_finished,
 )
 
 _OPTIMIZERS = ("SGD", "AdamW")
@@ -101,7 +102,13 @@ class Trainer(DefaultTrainer):
             cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
             cfg.MODEL.MASK_ON,
         )
-        return build_detection_train_loader(cfg, dataset=dataset)
+        return build_detection_train_loader(cfg, dataset=dataset, mapper=NamingMapper(cfg, True))
+
+    @classmethod
+    def build_test_loader(cls, cfg: CfgNode, dataset_name: str):
+        """Detectron2's loader; a file that cannot be read is named."""
+        mapper = NamingMapper(cfg, False)
+        return build_detection_test_loader(cfg, dataset_name, mapper=mapper)
 
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> COCOEvaluator:
@@ -135,6 +142,7 @@ class Trainer(DefaultTrainer):
         if resume:
             # A checkpoint holds the iteration that was just finished.
             self.start_iter = self.iter + 1
+            say_if_finished(self.cfg, self.start_iter)
 
     def state_dict(self) -> Dict[str, Any]:
         state = TrainerBase.state_dict(self)

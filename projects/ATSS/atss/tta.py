@@ -61,19 +61,20 @@ _RELEASE_RANGES = {
 RELEASE_MIN_SIZES = tuple(_RELEASE_RANGES)
 
 
-def release_views(flip: bool = True, base_size: float = 800) -> List[View]:
+def release_views(flip: bool = True, base_size: float = 800, max_size: int = 4000) -> List[View]:
     """The 13 scales of the authors' multi-scale testing, each with its mirror image.
 
     Args:
         flip: add the mirror image of each.
         base_size: short edge of plain testing, the authors' 800; everything is scaled with it, for
             models trained on images of another size.
+        max_size: most pixels of the long edge in any view.
     """
     unit = base_size / 800
     views = [
         View(
             min_size=round(size * unit),
-            max_size=round((1333 if size <= 800 else 3000) * unit),
+            max_size=min(round((1333 if size <= 800 else 3000) * unit), max_size),
             size_range=(low * unit, high * unit),
         )
         for size, (low, high) in _RELEASE_RANGES.items()
@@ -171,7 +172,7 @@ class ATSSWithTTA(nn.Module):
     def from_config(cls, cfg, model: nn.Module) -> Dict[str, Any]:
         aug = cfg.TEST.AUG
         if tuple(aug.MIN_SIZES) == RELEASE_MIN_SIZES and not aug.SIZE_RANGES:
-            views = release_views(aug.FLIP, cfg.INPUT.MIN_SIZE_TEST or 800)
+            views = release_views(aug.FLIP, cfg.INPUT.MIN_SIZE_TEST or 800, aug.MAX_SIZE)
         else:
             views = make_views(aug.MIN_SIZES, aug.MAX_SIZE, aug.FLIP, aug.SIZE_RANGES)
         return {

@@ -12,9 +12,11 @@ A training tool needs a few lines, for any data::
 from .classes import common_classes
 from .coco_json import CocoSummary, check_coco_json
 from .dataset_dicts import check_dataset_dicts, load_dataset_dicts
+from .mapper import NamingMapper, coco_evaluator
 from .registration import (
     Datasets,
     add_dataset_arguments,
+    defer_toy_shapes,
     register_coco_json,
     register_from_arguments,
     register_toy_shapes,
@@ -24,11 +26,14 @@ from .toy_shapes import ToyShapesOptions
 __all__ = [
     "CocoSummary",
     "Datasets",
+    "NamingMapper",
     "ToyShapesOptions",
     "add_dataset_arguments",
     "check_coco_json",
     "check_dataset_dicts",
+    "coco_evaluator",
     "common_classes",
+    "defer_toy_shapes",
     "load_dataset_dicts",
     "register_coco_json",
     "register_from_arguments",

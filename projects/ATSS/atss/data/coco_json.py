@@ -9,15 +9,10 @@ counts them.
 import json
 import logging
 import os
-from typing import Any, Dict, List, NamedTuple, Sequence, Set
+from collections import Counter
+from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Set
 
-from .annotations import (
-    PathLike,
-    check_files_exist,
-    is_empty_box,
-    log_empty_boxes,
-    raise_if_any,
-)
+from .annotations import PathLike, box_flaw, check_image_files, log_flaws, raise_if_any
 
 logger = logging.getLogger(__name__)
 
@@ -46,8 +41,9 @@ def check_coco_json(
 
     Raises:
         FileNotFoundError: the file, the image folder or an image is missing.
-        ValueError: the file is not JSON; a list or key is missing; ids are not unique or refer to
-            nothing; a box is not four numbers, not finite, or has x2 < x1 or y2 < y1.
+        ValueError: the file is not JSON; a list or key is missing; an image is not as
+            `check_image_files` wants it; ids are not unique or refer to nothing; a box is not four
+            numbers, not finite, or has x2 < x1 or y2 < y1.
     """
     data = _read_json(json_file)
     classes = _read_records(data, "categories", "category", ["name"], json_file)
@@ -58,7 +54,8 @@ def check_coco_json(
         raise ValueError(f'{json_file} has no images: its "images" are empty.')
     if not os.path.isdir(image_root):
         raise FileNotFoundError(f"There is no image folder {image_root} (for {json_file}).")
-    check_files_exist([os.path.join(image_root, i["file_name"]) for i in images], json_file)
+    files = [{**i, "file_name": os.path.join(image_root, i["file_name"])} for i in images]
+    check_image_files(files, json_file)
     keys = ["image_id", "category_id", "bbox"]
     annotations = _read_records(data, "annotations", "annotation", keys, json_file)
     if for_evaluation:
@@ -68,17 +65,15 @@ def check_coco_json(
     class_ids = [record["id"] for record in classes]
     known_classes = set(class_ids)
     images_by_id = {image["id"]: image for image in images}
-    problems, num_empty = [], 0
+    problems, flaws = [], Counter()
     for annotation in annotations:
         try:
-            num_empty += _is_empty_annotation(annotation, images_by_id, known_classes)
+            flaws[_flaw(annotation, images_by_id, known_classes)] += 1
         except ValueError as error:
             place = f"annotation {annotation['id']} of image {annotation['image_id']}"
             problems.append(f"{place} {error}")
     raise_if_any(problems, f"in {json_file}")
-    # Training drops them, COCO's evaluation does not.
-    counted = "count as missed objects in the evaluation" if for_evaluation else "are dropped"
-    log_empty_boxes(num_empty, json_file, counted)
+    log_flaws(flaws, json_file, for_evaluation)
     if for_evaluation and any(annotation["id"] == 0 for annotation in annotations):
         logger.warning(
             "%s has an annotation with id 0. COCO's evaluation counts a match with it as no match, "
@@ -86,7 +81,7 @@ def check_coco_json(
             json_file,
         )
     class_names = [str(record["name"]) for record in classes]
-    return CocoSummary(class_ids, class_names, len(images), len(annotations), num_empty)
+    return CocoSummary(class_ids, class_names, len(images), len(annotations), flaws["empty"])
 
 
 def _read_json(json_file: PathLike) -> Dict[str, Any]:
@@ -94,6 +89,9 @@ def _read_json(json_file: PathLike) -> Dict[str, Any]:
         raise FileNotFoundError(f"There is no annotation file {json_file}.")
     with open(json_file, encoding="utf-8") as file:
         try:
+            if file.read(1) == "\ufeff":
+                raise ValueError("it begins with a byte order mark; save it as UTF-8 without one")
+            file.seek(0)
             data = json.load(file)
         except ValueError as error:  # JSONDecodeError or UnicodeDecodeError
             raise ValueError(f"{json_file} is not valid JSON: {error}.") from error
@@ -135,10 +133,8 @@ def _check_keys(
             raise ValueError(f"In {json_file}, {kind} {name}{of_image} needs {names}{use}.")
 
 
-def _is_empty_annotation(
-    annotation: Record, images: Dict[Any, Record], class_ids: Set[int]
-) -> bool:
-    """Whether the box has no area; a ValueError says what is wrong with the annotation."""
+def _flaw(annotation: Record, images: Dict[Any, Record], class_ids: Set[int]) -> Optional[str]:
+    """What `box_flaw` says; a ValueError says what is wrong with the annotation."""
     image, box = images.get(annotation["image_id"]), annotation["bbox"]
     if image is None:
         raise ValueError("belongs to no image of the file")
@@ -147,6 +143,6 @@ def _is_empty_annotation(
     if annotation.get("ignore", 0):
         raise ValueError('has "ignore", which Detectron2 does not know; use "iscrowd"')
     try:
-        return is_empty_box(box, has_corners=False, image=image)
+        return box_flaw(box, has_corners=False, image=image)
     except ValueError as error:
         raise ValueError(f"has bbox {box}, {error}") from None

@@ -1,7 +1,8 @@
 """Loading of registered data sets, with checks that do not depend on their format."""
 
 import numbers
-from typing import Any, Dict, List, Sequence, Union
+from collections import Counter
+from typing import Any, Dict, List, Optional, Sequence, Union
 
 import numpy as np
 
@@ -13,7 +14,7 @@ from detectron2.data.build import (
 from detectron2.data.detection_utils import check_metadata_consistency
 from detectron2.structures import BoxMode
 
-from .annotations import check_files_exist, is_empty_box, log_empty_boxes, raise_if_any
+from .annotations import box_flaw, check_image_files, log_flaws, raise_if_any
 
 
 def check_dataset_dicts(
@@ -35,18 +36,17 @@ def check_dataset_dicts(
 
     Raises:
         FileNotFoundError: an image file is missing.
-        ValueError: a box is not four numbers, not finite, or has x2 < x1 or y2 < y1; a class id is
-            out of range; an outline is missing.
+        ValueError: an image is not as `check_image_files` wants it; a box is not four numbers, not
+            finite, or has x2 < x1 or y2 < y1; a class id is out of range; an outline is missing.
     """
-    files = [image["file_name"] for image in dataset_dicts if "file_name" in image]
-    check_files_exist(files, dataset_name)
-    problems, num_empty, cleaned = [], 0, []
+    check_image_files(dataset_dicts, dataset_name)
+    problems, flaws, cleaned = [], Counter(), []
     for number, image in enumerate(dataset_dicts):
         annotations = image.get("annotations", ())
         kept = []
         for index, annotation in enumerate(annotations):
             try:
-                is_empty = _is_empty_instance(annotation, image, num_classes)
+                flaw = _flaw(annotation, image, num_classes)
                 outline = annotation.get("segmentation", ())
                 if with_masks and (outline is None or len(outline) == 0):
                     raise ValueError(
@@ -57,12 +57,12 @@ def check_dataset_dicts(
                 name = image.get("image_id", number)
                 problems.append(f"annotation {index} (from 0) of image {name} has {error}")
                 continue
-            num_empty += is_empty
-            if not is_empty:
+            flaws[flaw] += 1
+            if flaw != "empty":
                 kept.append(annotation)
         cleaned.append({**image, "annotations": kept} if len(kept) < len(annotations) else image)
     raise_if_any(problems, f"in data set {dataset_name}")
-    log_empty_boxes(num_empty, dataset_name)
+    log_flaws(flaws, dataset_name)
     return cleaned
 
 
@@ -101,8 +101,8 @@ def load_dataset_dicts(
     return dataset_dicts
 
 
-def _is_empty_instance(annotation: Dict[str, Any], image: Dict[str, Any], num_classes: int) -> bool:
-    """Whether the box has no area; a ValueError says what the annotation has that is wrong."""
+def _flaw(annotation: Dict[str, Any], image: Dict[str, Any], num_classes: int) -> Optional[str]:
+    """What `box_flaw` says; a ValueError says what the annotation has that is wrong."""
     mode, box = annotation.get("bbox_mode"), annotation.get("bbox")
     if mode not in (BoxMode.XYXY_ABS, BoxMode.XYWH_ABS):
         raise ValueError(f"bbox_mode {mode!r}, and only XYXY_ABS and XYWH_ABS are known")
@@ -110,7 +110,7 @@ def _is_empty_instance(annotation: Dict[str, Any], image: Dict[str, Any], num_cl
     if not isinstance(class_id, numbers.Integral) or not 0 <= class_id < num_classes:
         raise ValueError(f"category_id {class_id}, and the model knows 0 to {num_classes - 1}")
     try:
-        return is_empty_box(box, mode == BoxMode.XYXY_ABS, image)
+        return box_flaw(box, mode == BoxMode.XYXY_ABS, image)
     except ValueError as error:
         shown = box.tolist() if isinstance(box, np.ndarray) else box
         raise ValueError(f"bbox {shown}, {error}") from None

@@ -3,10 +3,11 @@
 import argparse
 import logging
 import os
-from typing import List, NamedTuple, Optional, Sequence, Tuple, Union
+from functools import partial
+from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple, Union
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.data.datasets import register_coco_instances
+from detectron2.data.datasets import load_coco_json
 
 from .annotations import PathLike
 from .classes import common_classes
@@ -58,10 +59,32 @@ def register_toy_shapes(
         root = os.path.join(os.getenv("DETECTRON2_DATASETS", "datasets"), TOY_SHAPES)
     folder = render_dataset(root, options)
     class_ids = list(range(1, options.num_classes + 1))
-    for split in ("train", "val"):
-        files = split_paths(folder, split)
-        _register(f"{name}_{split}", *files, class_ids, options.class_names)
-    return f"{name}_train", f"{name}_val"
+    names = f"{name}_train", f"{name}_val"
+    for set_name, split in zip(names, ("train", "val")):
+        if _is_deferred(set_name):
+            DatasetCatalog.pop(set_name)
+        _register(set_name, *split_paths(folder, split), class_ids, options.class_names)
+    return names
+
+
+def defer_toy_shapes() -> None:
+    """Register the default toy set, which is rendered when it is first loaded.
+
+    So Detectron2's own tools find it wherever `atss` is imported.
+    """
+    for name in (f"{TOY_SHAPES}_train", f"{TOY_SHAPES}_val"):
+        if name not in DatasetCatalog:
+            DatasetCatalog.register(name, partial(_render_and_load, name))
+
+
+def _render_and_load(name: str) -> List[Dict[str, Any]]:
+    register_toy_shapes()
+    return DatasetCatalog.get(name)
+
+
+def _is_deferred(name: str) -> bool:
+    loader = DatasetCatalog.data.get(name)  # `get` would load the set
+    return isinstance(loader, partial) and loader.func is _render_and_load
 
 
 def register_coco_json(
@@ -130,13 +153,13 @@ def _register(
 ) -> None:
     """Register a set; repeating this with the same files and classes changes nothing."""
     files = {"json_file": os.path.abspath(json_file), "image_root": os.path.abspath(image_root)}
-    # Detectron2 sets these when it loads the file; an evaluator may need them before.
     ids = {class_id: index for index, class_id in enumerate(class_ids)}
     classes = {"thing_classes": class_names, "thing_dataset_id_to_contiguous_id": ids}
-    if name not in DatasetCatalog:
-        register_coco_instances(name, classes, **files)
-        return
     metadata = MetadataCatalog.get(name)
+    if name not in DatasetCatalog:
+        DatasetCatalog.register(name, partial(_load, files, ids))
+        metadata.set(evaluator_type="coco", **files, **classes)
+        return
     known = {key: metadata.get(key) for key in files}
     known_names = metadata.get("thing_classes", class_names)
     if known != files or known_names != class_names:
@@ -146,6 +169,15 @@ def _register(
             "DatasetCatalog and MetadataCatalog first."
         )
     metadata.set(**classes)
+
+
+def _load(files: Dict[str, str], ids: Dict[int, int]) -> List[Dict[str, Any]]:
+    """Detectron2's dicts. Given a name, its reader would set class names that may be numbers."""
+    dataset_dicts = load_coco_json(**files)
+    for image in dataset_dicts:
+        for annotation in image["annotations"]:
+            annotation["category_id"] = ids[annotation["category_id"]]
+    return dataset_dicts
 
 
 def _files_of(args: argparse.Namespace, split: str) -> Optional[Files]:
@@ -187,9 +219,9 @@ def _register_names(
     train: Tuple[str, ...], val: Tuple[str, ...], num_classes: Optional[int]
 ) -> Datasets:
     names = (*train, *val)
+    if any(_is_deferred(name) for name in names):
+        register_toy_shapes()
     unknown = [name for name in names if name not in DatasetCatalog]
-    if any(name in (f"{TOY_SHAPES}_train", f"{TOY_SHAPES}_val") for name in unknown):
-        unknown = [name for name in unknown if name not in register_toy_shapes()]
     if unknown:
         raise ValueError(
             f"Data set {', '.join(unknown)} is not registered. Give your files with --train-json "

@@ -1,9 +1,8 @@
 """Training runs: command line, processes, configs of both kinds, one step, whole runs."""
 
-from .command_line import run, training_parser
+from .command_line import add_import_argument, import_modules, run, training_parser
 from .configs import (
     choose_data,
-    compare_with_saved,
     find_config,
     load_lazy_config,
     load_yaml_config,
@@ -16,24 +15,29 @@ from .runs import (
     evaluate_lazy,
     load_for_training,
     make_checkpointer,
+    say_if_finished,
     train_lazy,
 )
+from .setup import set_up_run
 
 __all__ = [
+    "add_import_argument",
     "autocast_dtype",
     "build_model",
     "choose_data",
-    "compare_with_saved",
     "create_ddp_model",
     "evaluate_checkpoint",
     "evaluate_lazy",
     "find_config",
+    "import_modules",
     "load_for_training",
     "load_lazy_config",
     "load_yaml_config",
     "make_checkpointer",
     "make_grad_scaler",
     "run",
+    "say_if_finished",
+    "set_up_run",
     "train_lazy",
     "training_parser",
     "update_lazy_config",

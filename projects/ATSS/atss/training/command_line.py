@@ -1,19 +1,23 @@
 """Options of the command-line tools, and how they run: in several processes, with short errors."""
 
 import argparse
+import importlib
+import os
 import sys
-from typing import Any, Callable, Optional
+from typing import Any, Callable, Optional, Sequence
 
 import torch
 
-from detectron2.utils import comm
-from detectron2.utils.logger import setup_logger
-
 from ..data import add_dataset_arguments
 from .launch import launch
+from .setup import start_screen
 
 # What a user can cause and fix: a sentence is enough. Anything else is a bug and shows its trace.
-_USER_ERRORS = (ValueError, FileNotFoundError, FloatingPointError)
+_USER_ERRORS = (ValueError, OSError, FloatingPointError)
+
+
+class UserMistake(Exception):
+    """The sentence of an error that a user can fix; processes pass on its text, not its class."""
 
 
 def training_parser(description: str) -> argparse.ArgumentParser:
@@ -42,12 +46,41 @@ def training_parser(description: str) -> argparse.ArgumentParser:
         "--dist-url", default="auto", help="where processes meet, e.g. tcp://127.0.0.1:8686"
     )
     add_dataset_arguments(parser)
+    add_import_argument(parser)
     parser.add_argument(
         "opts",
         nargs=argparse.REMAINDER,
         help="config overrides: key=value for a LazyConfig, KEY VALUE pairs for YAML",
     )
     return parser
+
+
+def add_import_argument(parser: argparse.ArgumentParser) -> None:
+    """Give a tool the option for modules of your own."""
+    parser.add_argument(
+        "--import",
+        dest="modules",
+        action="append",
+        default=[],
+        metavar="MODULE",
+        help="import your module first, such as one that registers parts; it lies in the current "
+        "folder or on PYTHONPATH",
+    )
+
+
+def import_modules(names: Sequence[str]) -> None:
+    """Import what --import asks for.
+
+    Raises:
+        ValueError: for a module that there is not, or that imports one.
+    """
+    if names and os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+    for name in names:
+        try:
+            importlib.import_module(name)
+        except ImportError as error:
+            raise ValueError(f"--import {name}: {error}.") from error
 
 
 def run(
@@ -64,6 +97,7 @@ def run(
             know before they start; "cuda" if not given.
     """
     try:
+        import_modules(args.modules)
         is_alone = args.num_gpus * args.num_machines == 1
         device = "cuda" if is_alone or device_of is None else device_of(args)
         launch(
@@ -75,17 +109,29 @@ def run(
             args=(main, args),
             device=device,
         )
+    except UserMistake as mistake:
+        sys.exit(str(mistake))
     except _USER_ERRORS as error:
-        sys.exit(f"{type(error).__name__}: {error}")
+        sys.exit(_sentence(error))
     except torch.multiprocessing.ProcessRaisedException as error:
-        # The last line of a worker's trace is its error.
-        last_line = str(error).strip().splitlines()[-1]
-        if last_line.startswith(tuple(kind.__name__ for kind in _USER_ERRORS)):
-            sys.exit(last_line)
+        _, is_mistake, sentence = str(error).rpartition(f"{UserMistake.__name__}: ")
+        if is_mistake:
+            sys.exit(sentence.strip())
         raise
 
 
 def _run_worker(main: Callable[[argparse.Namespace], Any], args: argparse.Namespace) -> None:
     # Before the config is read: what is said about data and classes must be seen.
-    setup_logger(distributed_rank=comm.get_rank(), name="atss")
-    main(args)
+    start_screen()
+    try:
+        import_modules(args.modules)
+        main(args)
+    except _USER_ERRORS as error:
+        raise UserMistake(_sentence(error)) from error
+
+
+def _sentence(error: Exception) -> str:
+    text = str(error).strip()
+    if "in DataLoader worker process" in text:  # the error itself is the last line of a trace
+        return text.splitlines()[-1]
+    return f"{type(error).__name__}: {text}"

@@ -16,8 +16,12 @@ from omegaconf import DictConfig, OmegaConf
 from detectron2.config import CfgNode, LazyConfig, get_cfg
 from detectron2.data import MetadataCatalog
 from detectron2.utils import comm
+from detectron2.utils.logger import log_first_n
+from detectron2.utils.registry import locate
 
+from ..build import accepted_arguments
 from ..checkpoint import GEOMETRY_KEYS, yacs_overrides
+from ..checks import check_integer
 from ..config import add_atss_config
 from ..data import register_from_arguments
 
@@ -34,6 +38,9 @@ _KEYS = {
     "num_classes_of_roi_heads": ("model.roi_heads.num_classes", "MODEL.ROI_HEADS.NUM_CLASSES"),
     "train_sets": ("dataloader.train.dataset.names", "DATASETS.TRAIN"),
     "val_sets": ("dataloader.test.dataset.names", "DATASETS.TEST"),
+    "max_iter": ("train.max_iter", "SOLVER.MAX_ITER"),
+    "batch_size": ("dataloader.train.total_batch_size", "SOLVER.IMS_PER_BATCH"),
+    "eval_period": ("train.eval_period", "TEST.EVAL_PERIOD"),
     "channels_last": ("train.channels_last", "SOLVER.CHANNELS_LAST"),
     "compile": ("train.compile", "SOLVER.COMPILE"),
     "amp": ("train.amp.enabled", "SOLVER.AMP.ENABLED"),
@@ -82,7 +89,11 @@ def available_device(cfg: Config) -> str:
     device = str(get_setting(cfg, "device"))
     if device.startswith("cuda") and not torch.cuda.is_available():
         key = key_of(cfg, "device")
-        logger.warning("%s is %r but there is no GPU: using the CPU.", key, device)
+        log_first_n(  # each part of a run asks
+            logging.WARNING,
+            f"{key} is {device!r} but there is no GPU: using the CPU.",
+            key="message",
+        )
         return "cpu"
     return device
 
@@ -129,6 +140,23 @@ def choose_data(cfg: Config, args: argparse.Namespace) -> None:
             put_setting(cfg, "num_classes", data.num_classes)
 
 
+def check_schedule(cfg: Config, num_processes: int) -> None:
+    """Refuse a training of no iterations, or whose batches the processes cannot share.
+
+    Raises:
+        ValueError: naming the key of the config.
+    """
+    key = key_of(cfg, "max_iter")
+    check_integer("A training", "number of iterations", get_setting(cfg, "max_iter"), 1, key)
+    size, key = get_setting(cfg, "batch_size", num_processes), key_of(cfg, "batch_size")
+    check_integer("A training", "number of images in a batch", size, 1, key)
+    if size % num_processes:
+        raise ValueError(
+            f"A batch of {size} images cannot be shared by {num_processes} processes: give each as "
+            f"many. Change {key} or --num-gpus."
+        )
+
+
 def load_lazy_config(config_file: str, overrides: Sequence[str] = ()) -> DictConfig:
     """A LazyConfig with overrides from the command line.
 
@@ -138,17 +166,22 @@ def load_lazy_config(config_file: str, overrides: Sequence[str] = ()) -> DictCon
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: see `update_lazy_config`.
+        ValueError: for a YAML config of the other kind; see `update_lazy_config`.
     """
     config_file = find_config(config_file)
+    if not config_file.endswith(".py") and _has_capital_keys(config_file):
+        raise ValueError(
+            f"{config_file} is a YAML config, but a LazyConfig (.py) is needed here: take its .py "
+            "twin or tools/train_net.py."
+        )
     return update_lazy_config(LazyConfig.load(config_file), overrides)
 
 
 def update_lazy_config(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
-    """Set config entries, refusing those that nothing reads.
+    """Set config entries, refusing those that nothing reads and values of another type.
 
-    The last name of a key may be new in a part (a node with a `_target_`), whose constructor checks
-    it; everywhere else the key must exist.
+    Entries of a part (a node with a `_target_`) may be new where its constructor takes them;
+    everywhere else the key must exist.
 
     Args:
         cfg: changed in place.
@@ -158,19 +191,44 @@ def update_lazy_config(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
         `cfg`.
 
     Raises:
-        ValueError: for a string without "=", a key that does not exist, listing those that do, or
-            images read in another order of channels than the model takes.
+        ValueError: for a string without "=", a key that does not exist (listing those that do), a
+            value of another type than the config's, or images read in another order of channels
+            than the model takes.
     """
+    _check_no_options(overrides)
     for override in overrides:
         key, separator, _ = override.partition("=")
         if not separator:
             raise ValueError(
                 f"Override {override!r} has no '='; write key=value, e.g. train.max_iter=1000."
             )
-        _check_key(cfg, key.lstrip("+"))
-    cfg = LazyConfig.apply_overrides(cfg, list(overrides))
+        key = key.lstrip("+")
+        is_in_part = _check_key(cfg, key)
+        old = OmegaConf.select(cfg, key, throw_on_resolution_failure=False)
+        try:
+            LazyConfig.apply_overrides(cfg, [override])
+        except Exception as error:  # of several libraries
+            raise ValueError(f"Override {override!r} cannot be read: {_text(error)}") from error
+        new = OmegaConf.select(cfg, key, throw_on_resolution_failure=False)
+        if not _can_replace(old, new, is_in_part):
+            hint = "; null is Python's None" if new == "None" else ""
+            raise ValueError(
+                f"{key} needs {_TYPES[type(old)]}, such as {old!r}, got {new!r}{hint}."
+            )
     _check_channel_order(cfg)
     return cfg
+
+
+_TYPES = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+
+
+def _can_replace(old: Any, new: Any, is_in_part: bool) -> bool:
+    """Whether a value suits where another stood; only plain values are compared."""
+    kinds = type(old), type(new)
+    if kinds[0] == kinds[1] or not all(kind in _TYPES for kind in kinds):
+        return True
+    # Constructors often take any number where a config happens to have a whole one.
+    return kinds == (float, int) or (is_in_part and kinds == (int, float))
 
 
 def load_yaml_config(config_file: str, overrides: Sequence[str] = ()) -> CfgNode:
@@ -187,21 +245,31 @@ def load_yaml_config(config_file: str, overrides: Sequence[str] = ()) -> CfgNode
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: for a key that does not exist, or a value of the wrong type.
+        ValueError: for a config of the other kind, a key that does not exist where the node takes
+            no new ones, or a value of the wrong type.
     """
     config_file = find_config(config_file)
+    if config_file.endswith(".py"):
+        raise ValueError(
+            f"{config_file} is a LazyConfig, but a YAML config is needed here: take its .yaml twin "
+            "or tools/lazyconfig_train_net.py."
+        )
     cfg = get_cfg()
     add_atss_config(cfg)
     try:
         cfg.merge_from_file(config_file)
     except (KeyError, AssertionError, ValueError) as error:
         raise ValueError(f"{config_file}: {_text(error)}") from error
+    _check_no_options(overrides)
     if len(overrides) % 2:
         raise ValueError(f"Overrides are KEY VALUE pairs, got {list(overrides)}.")
     for key, value in zip(overrides[::2], overrides[1::2]):
         _check_key(cfg, key)
+        nested = value
+        for name in reversed(key.split(".")):
+            nested = CfgNode({name: nested})
         try:
-            cfg.merge_from_list([key, value])
+            cfg.merge_from_other_cfg(nested)
         except (AssertionError, ValueError) as error:
             raise ValueError(f"{key} cannot be {value!r}: {_text(error)}") from error
     cfg.MODEL.DEVICE = available_device(cfg)
@@ -309,23 +377,55 @@ def _check_channel_order(cfg: DictConfig) -> None:
             )
 
 
-def _check_key(cfg: Config, key: str) -> None:
-    """Refuse a key that the config does not have, listing those it has there."""
+def _has_capital_keys(config_file: str) -> bool:
+    with open(config_file, encoding="utf-8") as file:
+        return any(line.startswith(("MODEL:", "_BASE_:")) for line in file)
+
+
+def _check_no_options(overrides: Sequence[str]) -> None:
+    for override in overrides:
+        if str(override).startswith("--"):
+            raise ValueError(
+                f"{override} comes after an override of the config: put options before them."
+            )
+
+
+def _check_key(cfg: Config, key: str) -> bool:
+    """Refuse a key that neither exists nor may be new, listing those there are.
+
+    Returns:
+        Whether the key is an argument of a part, a node with a `_target_`.
+    """
     node: Any = cfg
     path = key.split(".")
+    is_in_part = False
     for depth, name in enumerate(path):
         has_keys = isinstance(node, (CfgNode, DictConfig))
+        is_in_part = has_keys and "_target_" in node
         if OmegaConf.is_list(node) and name.isdigit() and int(name) < len(node):
             node = node[int(name)]
         elif has_keys and name in node:
             node = node[name]
-        elif has_keys and "_target_" in node and depth == len(path) - 1:
-            return
+        elif is_in_part and _may_add(node, path[depth:]):
+            return True
+        elif isinstance(node, CfgNode) and node.is_new_allowed() and path[depth:] == [name]:
+            return False
         else:
             where = ".".join(path[:depth]) or "the config"
             known = sorted(node) if has_keys else "no keys below it"
             raise ValueError(f"Unknown config key {key!r}; {where} has {known}.")
+    return is_in_part
+
+
+def _may_add(part: DictConfig, path: Sequence[str]) -> bool:
+    """Whether a part takes a new argument: a value, or a node that begins with its `_target_`."""
+    target = part._target_
+    try:
+        names, takes_any = accepted_arguments(locate(target) if isinstance(target, str) else target)
+    except (TypeError, ValueError):  # it has no signature
+        names, takes_any = (), True
+    return (takes_any or path[0] in names) and (len(path) == 1 or path[1:] == ["_target_"])
 
 
 def _text(error: Exception) -> str:
-    return str(error.args[0]) if error.args else type(error).__name__
+    return str(error.args[0]).partition("\n")[0] if error.args else type(error).__name__

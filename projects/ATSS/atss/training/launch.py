@@ -39,11 +39,17 @@ def launch(
             there are any.
 
     Raises:
-        ValueError: for more workers than GPUs, or "auto" with several machines.
+        ValueError: for no workers or more than GPUs, a machine that is not among those there are,
+            or "auto" with several machines.
     """
     world_size = num_machines * num_processes
     if num_processes < 1:
-        raise ValueError(f"launch needs at least one process, got {num_processes}.")
+        raise ValueError(f"A run needs at least one process, got --num-gpus {num_processes}.")
+    if not 0 <= machine_rank < num_machines:
+        raise ValueError(
+            f"Machines are counted from 0, got --machine-rank {machine_rank} of --num-machines "
+            f"{num_machines}."
+        )
     if world_size == 1:
         main_func(*args)
         return

@@ -25,7 +25,14 @@ from ..data import common_classes
 from ..device import compile_dense_parts, to_channels_last
 from ..inference_mode import prepare_as_configured
 from ..tta import ATSSWithTTA, make_views, release_views
-from .configs import Config, available_device, data_class_names, get_setting, save_config
+from .configs import (
+    Config,
+    available_device,
+    data_class_names,
+    get_setting,
+    key_of,
+    save_config,
+)
 from .loop import StepTrainer, autocast_dtype, create_ddp_model
 
 logger = logging.getLogger(__name__)
@@ -52,7 +59,8 @@ def build_step_trainer(
     Raises:
         ValueError: see `compile_dense_parts`, `autocast_dtype`.
     """
-    logger.info("Model:\n%s", model)
+    count = sum(parameter.numel() for parameter in model.parameters())
+    logger.info("Model of %.2f million parameters:\n%s", count / 1e6, model)
     if get_setting(cfg, "compile", False):
         compile_dense_parts(model)
     device = next(model.parameters()).device
@@ -93,7 +101,11 @@ def evaluate_with_tta(
         del tta["enabled"]
         base_size = tta.pop("base_size")
         scales = [tta.pop(key) for key in ("min_sizes", "max_size", "flip", "size_ranges")]
-        views = release_views(scales[2], base_size) if scales[0] is None else make_views(*scales)
+        min_sizes, max_size, flip, _ = scales
+        if min_sizes is None:
+            views = release_views(flip, base_size, max_size)
+        else:
+            views = make_views(*scales)
         augmented = ATSSWithTTA(model, views, **tta)
     results = evaluate(cfg, augmented) or {}
     return {f"{name}_TTA": result for name, result in results.items()}
@@ -147,6 +159,16 @@ def evaluate_checkpoint(
     if get_setting(cfg, "tta", False):
         results.update(evaluate_tta(cfg, model))
     return results
+
+
+def say_if_finished(cfg: Config, start_iter: int) -> None:
+    """Say that a resumed run has no iteration left."""
+    if start_iter >= get_setting(cfg, "max_iter"):
+        logger.warning(
+            "This run is finished: its last checkpoint has %d iterations. Raise %s to train on.",
+            start_iter,
+            key_of(cfg, "max_iter"),
+        )
 
 
 def make_checkpointer(cfg: Config, model: nn.Module, **checkpointables: Any) -> ATSSCheckpointer:
@@ -241,5 +263,7 @@ def train_lazy(
     )
     load_for_training(cfg, checkpointer, resume)
     # A checkpoint holds the iteration that was just finished.
-    trainer.train(trainer.iter + 1 if resume else 0, train.max_iter)
+    start = trainer.iter + 1 if resume else 0
+    say_if_finished(cfg, start)
+    trainer.train(start, train.max_iter)
     return results[0]
