@@ -222,7 +222,7 @@ def test_screen_is_short_and_the_rest_is_in_the_log(data, tmp_path):
         assert word in text
     log = (output / "log.txt").read_text()
     assert log.count("Rank of current process: 0") == 1
-    assert log.count("This run:") == 1 and "(backbone): FPN" in log
+    assert log.count("This run:") == 1 and "(bottom_up): ResNet" in log
     assert "FutureWarning" not in text and "\x1b" not in text + log
 
     # A second run into the folder is not silent; a run that is finished says so.
