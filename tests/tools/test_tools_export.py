@@ -32,7 +32,8 @@ modules.frozen_copy = faulty_copy
 
 def run_tool(*arguments, before=""):
     """The tool in a process of its own, after some lines of code."""
-    code = f"{before}\nimport runpy; runpy.run_path('tools/export_model.py', run_name='__main__')"
+    run = "runpy.run_path('tools/export_model.py', run_name='__main__')"
+    code = f"{before}\nimport runpy, sys; sys.path.insert(0, 'tools'); {run}"
     command = [sys.executable, "-W", "ignore", "-c", code, *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, cwd=REPO)
 

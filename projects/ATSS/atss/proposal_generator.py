@@ -209,10 +209,11 @@ def _check_parts(head, anchor_generator, box2box_transform, loss, num_classes, i
                     f"{stride} are {scale:g} strides large. Make model.box2box_transform."
                     "anchor_scale (MODEL.ATSS.BOX2BOX_TRANSFORM.ANCHOR_SCALE) equal to it."
                 )
-        if not getattr(head, "bbox_bias", 1) > 0:
+        bias = getattr(head, "bbox_bias", None)
+        if bias is not None and not bias > 0:
             raise ValueError(
                 "PointToBoxTransform takes negative distances as 0, without a gradient, so the "
-                f"head must start above: its bbox_bias is {head.bbox_bias}. Make model.head."
+                f"head must start above: its bbox_bias is {bias}. Make model.head."
                 "bbox_bias (MODEL.ATSS.HEAD.BBOX_BIAS) 4, half the width of an 8-stride anchor."
             )
     theirs = getattr(loss, "box2box_transform", box2box_transform)
