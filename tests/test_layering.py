@@ -13,7 +13,7 @@ ROWS = (
     ("checks", "config", "device", "geometry", "stored_settings"),
     ("anchors", "box_regression", "layers"),
     ("predictions",),
-    ("losses.boxes", "losses.classification"),
+    ("losses.background", "losses.boxes", "losses.classification"),
     ("assigners", "backbone", "checkpoint", "data", "head"),
     ("targets",),
     ("losses", "postprocessing"),

@@ -17,7 +17,7 @@ from atss.assigners import (
 )
 from atss.assigners import assignment as assignment_module
 from atss.geometry import box_centers
-from atss.losses import classification
+from atss.losses import background
 from atss.predictions import PredictionsAt
 from atss.targets import label_anchors
 from conftest import make_grid, make_input, make_instances, random_boxes, tiny_detector
@@ -111,7 +111,7 @@ def count_step(monkeypatch, assigner, num_images=2, size=(512, 512), prepare=1):
     for module in (anchors_module, assignment_module):
         monkeypatch.setattr(module, "host_constant", counting)
     # The scratch of the class loss has the size of a cache, not of the anchors.
-    monkeypatch.setattr(classification, "_BLOCK", 64)
+    monkeypatch.setattr(background, "_BLOCK", 64)
     model = tiny_detector(assigner=assigner)
     core = model.proposal_generator
     features = [torch.rand(num_images, 64, -(-size[0] // s), -(-size[1] // s)) for s in STRIDES]

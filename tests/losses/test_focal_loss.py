@@ -3,8 +3,8 @@
 import pytest
 import torch
 from atss.anchors import AnchorGrid
-from atss.losses import FocalLoss
-from atss.losses import classification as module
+from atss.losses import FocalLoss, classification
+from atss.losses import background as module
 from atss.predictions import Places, read_maps
 from reference import focal_loss
 
@@ -223,9 +223,9 @@ def test_compiled_model_code_gives_the_same_value_and_gradient(ignored):
 @pytest.mark.parametrize("gamma", [0.5, 1.0, 2.0])
 def test_form_for_compilers_has_the_right_gradient_everywhere(gamma):
     x = torch.tensor([-300.0, -60.0, -3.0, 0.0, 3.0, 60.0, 300.0], requires_grad=True)
-    (found,) = torch.autograd.grad(module._background_sum(x, None, None, 0.75, gamma), x)
+    (found,) = torch.autograd.grad(module.background_sum(x, None, None, 0.75, gamma), x)
     taken = torch.empty(len(x))
-    module._background_sum(x.detach(), None, taken, 0.75, gamma)
+    module.background_sum(x.detach(), None, taken, 0.75, gamma)
     torch.testing.assert_close(found, taken, rtol=1e-5, atol=1e-7)
     p = x.detach().double().sigmoid()
     softplus = torch.nn.functional.softplus(x.detach().double())
@@ -252,16 +252,16 @@ def test_the_form_for_the_gpu_agrees_with_the_one_for_the_cpu(monkeypatch, form)
     expected = torch.autograd.grad(loss_of(logits, labels, 3), logits)
 
     def whole_levels(values, masks, grads, weight, gamma):
-        levels = [module._masked_view(x, mask) for x, mask in zip(values, masks)]
+        levels = [module.masked_view(x, mask) for x, mask in zip(values, masks)]
         views = [None if g is None else g[:-1].view(x.shape) for g, x in zip(grads, levels)]
         sums = [
-            module._background_sum(x, mask, g, weight, gamma)
+            module.background_sum(x, mask, g, weight, gamma)
             for x, mask, g in zip(levels, masks, views)
         ]
         return torch.stack(sums).sum()
 
     value = loss_of(logits, labels, 3)
-    monkeypatch.setattr(module, "_sum_as_background", whole_levels)
+    monkeypatch.setattr(classification, "sum_as_background", whole_levels)
     other = loss_of(logits, labels, 3)
     torch.testing.assert_close(other, value)
     for found, gradient in zip(torch.autograd.grad(other, logits), expected):

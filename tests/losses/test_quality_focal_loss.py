@@ -7,7 +7,7 @@ from atss.assigners import ATSSAssigner
 from atss.box_regression import Box2BoxTransform
 from atss.geometry import elementwise_iou
 from atss.losses import DenseLoss, FocalLoss, QualityFocalLoss
-from atss.losses import classification as module
+from atss.losses import background as module
 from atss.predictions import DensePredictions, Places, PredictionsAt, flatten_levels
 from atss.targets import label_anchors
 from conftest import boxes_of, labels_of, make_grid, make_instances, random_boxes

@@ -81,9 +81,9 @@ class Assignment:
         """Values of the positive samples at their anchors, (N, R), 0 elsewhere."""
         size = len(self.num_objects) * self.num_anchors
         # Samples that are not positive write to an element behind the last, which is dropped.
-        places = self.image_idxs * self.num_anchors + self.anchor_idxs
-        places = torch.where(self.is_positive, places, size)
-        dense = values.new_zeros(size + 1, dtype=dtype).index_copy_(0, places, values.to(dtype))
+        flat_idxs = self.image_idxs * self.num_anchors + self.anchor_idxs
+        flat_idxs = torch.where(self.is_positive, flat_idxs, size)
+        dense = values.new_zeros(size + 1, dtype=dtype).index_copy_(0, flat_idxs, values.to(dtype))
         return dense[:size].view(len(self.num_objects), self.num_anchors)
 
 

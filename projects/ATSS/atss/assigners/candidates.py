@@ -58,17 +58,17 @@ def nearest_on_lattice(anchors: AnchorGrid, centers: Tensor, topk: int) -> Candi
     # Equally near columns: the smaller one, hence ceil(u - 1/2) and not round(u).
     nearest = torch.ceil(points / stride - anchors.offset - 0.5).to(torch.int64)
     first = torch.minimum(nearest.unsqueeze(-1) - reach, size - len(span)).clamp(min=0)
-    places = first + span  # (M, 2, L, W) columns, rows
-    steps = (places.float() + anchors.offset) * stride.unsqueeze(-1) - points.unsqueeze(-1)
-    steps = steps.masked_fill(places >= size, float("inf"))
+    indices = first + span  # (M, 2, L, W) columns, rows
+    steps = (indices.float() + anchors.offset) * stride.unsqueeze(-1) - points.unsqueeze(-1)
+    steps = steps.masked_fill(indices >= size, float("inf"))
     order = steps.abs().sort(dim=-1, stable=True).indices
-    places, steps = places.gather(-1, order), steps.gather(-1, order)  # nearest first
+    indices, steps = indices.gather(-1, order), steps.gather(-1, order)  # nearest first
 
     # Of the two axes, the parts that a location adds up: squared distances, and flat indices
     # (row-major within the level; int32, which halves the memory). Ranks come first, so that
     # selecting them copies whole blocks.
     squares = (steps * steps).permute(1, 3, 0, 2).contiguous()  # (2, W, M, L)
-    terms = (places * pitch).int().permute(1, 3, 0, 2).contiguous()
+    terms = (indices * pitch).int().permute(1, 3, 0, 2).contiguous()
     ranks = anchors.constant(("window ranks", topk), _window_ranks(topk))
     column_ranks, row_ranks = ranks.unbind()  # (T,) each
     distances = squares[0].index_select(0, column_ranks)  # (T, M, L), in place: these are large

@@ -9,20 +9,20 @@ from ..predictions import PredictionsAt
 
 
 def class_cost(
-    predictions: PredictionsAt, places: Tuple[Tensor, Tensor], classes: Tensor
+    predictions: PredictionsAt, samples: Tuple[Tensor, Tensor], classes: Tensor
 ) -> Tensor:
     """Binary cross-entropy of sqrt(class * quality), over all classes, with one class as the truth.
 
     Args:
         predictions: of the head; a missing quality counts as 1.
-        places: image and anchor of S samples, (S,) int64 each.
+        samples: image and anchor of S samples, (S,) int64 each.
         classes: (S,) int64, the class of each sample's object.
 
     Returns:
         (S,) float32.
     """
-    scores = predictions.logits(*places).sigmoid()  # (S, K)
-    quality = predictions.quality(*places)
+    scores = predictions.logits(*samples).sigmoid()  # (S, K)
+    quality = predictions.quality(*samples)
     if quality is not None:
         scores = scores * quality.sigmoid().unsqueeze(1)
     scores = scores.sqrt()

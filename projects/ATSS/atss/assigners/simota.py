@@ -69,13 +69,13 @@ class SimOTAAssigner:
         )
         anchor_idxs = candidates.anchor_idxs  # (M, C)
         image_idxs = images_of_objects(num_objects, anchors.device)  # (M,)
-        places = image_idxs.unsqueeze(1).expand_as(anchor_idxs).reshape(-1), anchor_idxs.view(-1)
+        samples = image_idxs.unsqueeze(1).expand_as(anchor_idxs).reshape(-1), anchor_idxs.view(-1)
         classes = torch.cat(list(gt_classes)).to(anchors.device)
         classes = classes.unsqueeze(1).expand_as(anchor_idxs).reshape(-1)
 
-        pred_boxes = predictions.boxes(*places).view(*anchor_idxs.shape, 4)
+        pred_boxes = predictions.boxes(*samples).view(*anchor_idxs.shape, 4)
         ious = elementwise_iou(boxes.unsqueeze(1), pred_boxes)  # (M, C)
-        cost = class_cost(predictions, places, classes).view(ious.shape)
+        cost = class_cost(predictions, samples, classes).view(ious.shape)
         cost = cost - self.iou_weight * torch.log(ious + 1e-8)
         is_claimed = cheapest(cost, ious, is_candidate, self.candidate_topk)
         assignment = resolve_claims(
