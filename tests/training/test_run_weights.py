@@ -21,7 +21,8 @@ from atss.training import (
     runs,
     train_lazy,
 )
-from atss.training.configs import compare_with_saved, put_setting, save_config
+from atss.training.saved_configs import compare_with_saved, save_config
+from atss.training.settings import put_setting
 from conftest import REPO
 
 from detectron2.data import DatasetCatalog, MetadataCatalog

@@ -15,7 +15,6 @@ from atss.trainer import Trainer
 from atss.training import (
     build_model,
     choose_data,
-    configs,
     evaluate_checkpoint,
     import_modules,
     launch,
@@ -24,6 +23,7 @@ from atss.training import (
     loop,
     runs,
     set_up_run,
+    settings,
     setup,
 )
 from conftest import REPO, make_input, tiny_detector
@@ -78,7 +78,7 @@ def test_both_kinds_of_config_take_your_data_and_its_classes(name, data):
         model = build_model(cfg)
         final = model.roi_heads if "rcnn" in name else model.proposal_generator.head
         assert final.num_classes == 2
-        assert configs.get_setting(cfg, "train_sets")[0] == "own_train"
+        assert settings.get_setting(cfg, "train_sets")[0] == "own_train"
 
 
 @pytest.mark.parametrize("tool", TOOLS)
@@ -218,7 +218,7 @@ def test_schedule_that_cannot_be_is_named_with_its_key(lazy, yaml, processes, me
         (load_yaml_config(YAML[0], yaml), yaml[0]),
     ):
         with pytest.raises(ValueError, match=message.format(key)):
-            configs.check_schedule(cfg, processes)
+            settings.check_schedule(cfg, processes)
 
 
 def test_module_to_import_may_lie_in_the_current_folder_and_is_named_where_it_is_not(

@@ -17,7 +17,6 @@ from detectron2.utils import comm
 
 from .data import NamingMapper, load_dataset_dicts
 from .optimizer import get_optimizer_params
-from .training.configs import get_setting
 from .training.runs import (
     build_model,
     build_step_trainer,
@@ -27,6 +26,7 @@ from .training.runs import (
     make_checkpointer,
     say_if_finished,
 )
+from .training.settings import get_setting
 
 _OPTIMIZERS = ("SGD", "AdamW")
 

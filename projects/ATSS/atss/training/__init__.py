@@ -1,13 +1,7 @@
 """Training runs: command line, processes, configs of both kinds, one step, whole runs."""
 
 from .command_line import add_import_argument, import_modules, run, training_parser
-from .configs import (
-    choose_data,
-    find_config,
-    load_lazy_config,
-    load_yaml_config,
-    update_lazy_config,
-)
+from .configs import load_lazy_config, load_yaml_config, update_lazy_config
 from .loop import autocast_dtype, create_ddp_model, make_grad_scaler
 from .runs import (
     build_model,
@@ -18,6 +12,8 @@ from .runs import (
     say_if_finished,
     train_lazy,
 )
+from .saved_configs import find_config
+from .settings import choose_data
 from .setup import set_up_run
 
 __all__ = [

@@ -25,15 +25,9 @@ from ..data import common_classes
 from ..device import compile_dense_parts, to_channels_last
 from ..inference_mode import prepare_as_configured
 from ..tta import ATSSWithTTA, make_views, release_views
-from .configs import (
-    Config,
-    available_device,
-    data_class_names,
-    get_setting,
-    key_of,
-    save_config,
-)
 from .loop import StepTrainer, autocast_dtype, create_ddp_model
+from .saved_configs import save_config
+from .settings import Config, available_device, data_class_names, get_setting, key_of
 
 logger = logging.getLogger(__name__)
 

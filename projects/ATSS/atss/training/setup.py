@@ -14,14 +14,8 @@ from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
 from detectron2.utils.logger import setup_logger
 
-from .configs import (
-    Config,
-    available_device,
-    check_schedule,
-    compare_with_saved,
-    get_setting,
-    key_of,
-)
+from .saved_configs import compare_with_saved
+from .settings import Config, available_device, check_schedule, get_setting, key_of
 
 logger = logging.getLogger(__name__)
 
