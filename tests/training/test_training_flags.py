@@ -15,8 +15,9 @@ from atss.trainer import Trainer
 from atss.training import (
     build_model,
     choose_data,
-    configs,
+    command_line,
     evaluate_checkpoint,
+    evaluation,
     import_modules,
     launch,
     load_lazy_config,
@@ -24,7 +25,9 @@ from atss.training import (
     loop,
     runs,
     set_up_run,
+    settings,
     setup,
+    training_parser,
 )
 from conftest import REPO, make_input, tiny_detector
 
@@ -78,7 +81,7 @@ def test_both_kinds_of_config_take_your_data_and_its_classes(name, data):
         model = build_model(cfg)
         final = model.roi_heads if "rcnn" in name else model.proposal_generator.head
         assert final.num_classes == 2
-        assert configs.get_setting(cfg, "train_sets")[0] == "own_train"
+        assert settings.get_setting(cfg, "train_sets")[0] == "own_train"
 
 
 @pytest.mark.parametrize("tool", TOOLS)
@@ -96,7 +99,6 @@ def test_eval_only_prepares_and_augments_as_the_config_says(tool, data, tmp_path
                     f"train.output_dir={tmp_path}"]  # fmt: skip
     opts = [*opts, *settings]
     args = argparse.Namespace(config_file=file, opts=opts, eval_only=True, resume=True, **data)
-    assert module.device_of(args) == "cpu"
     cfg = load(file, opts)
     choose_data(cfg, args)
     model = build_model(cfg)
@@ -108,7 +110,7 @@ def test_eval_only_prepares_and_augments_as_the_config_says(tool, data, tmp_path
         evaluated.append(model)
         return {"bbox": {"AP": float(len(evaluated))}}
 
-    monkeypatch.setattr(runs, "inference_on_dataset", evaluate)
+    monkeypatch.setattr(evaluation, "inference_on_dataset", evaluate)
     monkeypatch.setattr("detectron2.engine.defaults.inference_on_dataset", evaluate)
     monkeypatch.setattr(module, "set_up_run", lambda *_: None)
 
@@ -134,6 +136,13 @@ def test_device_of_the_config_decides_how_workers_talk(monkeypatch):
     assert spawned == [2]
     with pytest.raises(ValueError, match="2 processes need as many GPUs, this machine has 1"):
         launch.launch(print, 2, device="cuda")
+
+    asked = []
+    monkeypatch.setattr(command_line, "launch", lambda *_, device, **__: asked.append(device))
+    for (file, opts), load in ((LAZY, load_lazy_config), (YAML, load_yaml_config)):
+        options = ["--config-file", file, "--num-gpus", "2", *opts]
+        command_line.run(print, training_parser("").parse_args(options), load)
+    assert asked == ["cpu", "cpu"]
 
 
 @pytest.mark.parametrize(
@@ -218,7 +227,7 @@ def test_schedule_that_cannot_be_is_named_with_its_key(lazy, yaml, processes, me
         (load_yaml_config(YAML[0], yaml), yaml[0]),
     ):
         with pytest.raises(ValueError, match=message.format(key)):
-            configs.check_schedule(cfg, processes)
+            settings.check_schedule(cfg, processes)
 
 
 def test_module_to_import_may_lie_in_the_current_folder_and_is_named_where_it_is_not(

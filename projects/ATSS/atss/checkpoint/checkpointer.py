@@ -40,15 +40,11 @@ class ATSSCheckpointer(DetectionCheckpointer):
     Args:
         model, save_dir, save_to_disk, **checkpointables: see `DetectionCheckpointer`.
         class_names: names of the classes in their order, saved with the weights.
-
-    Attributes:
-        loaded_class_names: those of the weights that were loaded last; None if they have none.
     """
 
     def __init__(self, model, save_dir="", *, class_names=None, **options):
         super().__init__(model, save_dir, **options)
         self.class_names = class_names
-        self.loaded_class_names: Optional[List[str]] = None
         self._is_zoo = False
         self._allow_partial = False
 
@@ -69,11 +65,9 @@ class ATSSCheckpointer(DetectionCheckpointer):
         self._allow_partial = allow_partial
         path = find_weights(path)
         try:
-            rest = super().load(path, *args, **kwargs)
+            return super().load(path, *args, **kwargs)
         finally:
             self._parsed_url_during_load = None  # Detectron2 leaves it set after an error
-        self.loaded_class_names = rest.get(_CLASS_NAMES_KEY)
-        return rest
 
     def save(self, name: str, **kwargs: Any) -> None:
         """See `DetectionCheckpointer.save`; adds class names, and the geometry of a two-stage model
@@ -209,10 +203,12 @@ class Loaded(NamedTuple):
     Attributes:
         class_names: in the order of the classes; None if the weights do not name them.
         changes: settings of the model that the weights changed, by LazyConfig keys.
+        num_iters: how many iterations the run had done that saved them, 0 if they do not say.
     """
 
     class_names: Optional[List[str]]
     changes: Dict[str, Any]
+    num_iters: int
 
 
 def require_weights(folder: str, weights: str, resume: bool) -> str:
@@ -264,15 +260,14 @@ def load_or_resume(
     """
     path = require_weights(checkpointer.save_dir, weights, resume)
     before = settings_of(checkpointer.model)
+    rest: Dict[str, Any] = {}
     if path:
         only_model = {} if resume else {"checkpointables": [], "allow_partial": allow_partial}
         with _on_all_workers(path) as local_path:
-            checkpointer.load(local_path, **only_model)
+            rest = checkpointer.load(local_path, **only_model)
     after = settings_of(checkpointer.model)
-    return Loaded(
-        checkpointer.loaded_class_names if path else None,
-        {key: value for key, value in after.items() if value != before[key]},
-    )
+    changes = {key: value for key, value in after.items() if value != before[key]}
+    return Loaded(rest.get(_CLASS_NAMES_KEY), changes, rest.get("iteration", -1) + 1)
 
 
 @contextmanager

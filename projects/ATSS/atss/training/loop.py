@@ -5,10 +5,8 @@ from typing import Any, Dict, Iterable, Optional
 
 import torch
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
-from detectron2.engine import SimpleTrainer
-from detectron2.utils import comm
+from detectron2.engine import SimpleTrainer, defaults
 
 from ..device import has_fast_bfloat16
 
@@ -121,25 +119,16 @@ class StepTrainer(SimpleTrainer):
             self.grad_scaler.load_state_dict(state_dict["grad_scaler"])
 
 
-def create_ddp_model(model: nn.Module, fp16_compression: bool = False, **kwargs) -> nn.Module:
-    """Wrap a model for data parallelism if there are several workers, on GPUs or the CPU.
+def create_ddp_model(model: nn.Module, **options: Any) -> nn.Module:
+    """Detectron2's wrapper for data parallelism, which here takes models on the CPU too.
 
     Args:
         model: on the device of this worker.
-        fp16_compression: send gradients in half precision.
-        **kwargs: of `DistributedDataParallel`.
+        **options: of Detectron2's `create_ddp_model`.
 
     Returns:
         The wrapped model, or `model` itself in a single process.
     """
-    if comm.get_world_size() == 1:
-        return model
     device = next(model.parameters()).device
-    if device.type == "cuda":
-        kwargs.setdefault("device_ids", [device.index])
-    ddp = DistributedDataParallel(model, **kwargs)
-    if fp16_compression:
-        from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
-
-        ddp.register_comm_hook(state=None, hook=default_hooks.fp16_compress_hook)
-    return ddp
+    options.setdefault("device_ids", [device.index] if device.type == "cuda" else None)
+    return defaults.create_ddp_model(model, **options)
