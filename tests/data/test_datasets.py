@@ -306,9 +306,16 @@ def test_boxes_without_area_are_counted_in_one_line(own, caplog):
     folder, data = own
     empty = [(5, 5, 0, 4), (5, 5, 4, 0), (40, 5, 9, 9), (-9, 5, 9, 9)]  # two of them lie outside
     data["annotations"] += [annotation(20 + i, 2, 3, box) for i, box in enumerate(empty)]
+    files = write(folder, data)
     with caplog.at_level(logging.WARNING):
-        assert check_coco_json(*write(folder, data)).num_empty_boxes == 4
+        assert check_coco_json(*files, for_evaluation=True).num_empty_boxes == 4
     assert len(caplog.records) == 1 and "4 boxes without area" in caplog.text
+    assert "count as missed objects" in caplog.text
+    caplog.clear()
+    with caplog.at_level(logging.WARNING):  # registration counts nothing, loading does
+        assert register_coco_json("mine", *files).num_empty_boxes == 4
+        load_dataset_dicts("mine", 2)
+    assert len(caplog.records) == 1 and "4 boxes without area in their image are" in caplog.text
 
 
 def test_detectron2_drops_the_boxes_that_are_counted_and_no_others(tmp_path):

@@ -29,7 +29,7 @@ from atss.training import (
     setup,
     training_parser,
 )
-from conftest import REPO, make_input, tiny_detector
+from conftest import REPO, make_input, restored_logs, tiny_detector
 
 TOOLS = ["train_net", "lazyconfig_train_net", "plain_train_net"]
 LAZY = (
@@ -247,6 +247,17 @@ def test_output_folder_that_cannot_be_made_is_named(tmp_path):
     cfg = load_lazy_config(LAZY[0], [f"train.output_dir={tmp_path}/file/out"])
     with pytest.raises(ValueError, match="file/out' cannot be made .*Change train.output_dir"):
         set_up_run(cfg, argparse.Namespace())
+
+
+def test_a_test_leaves_the_logs_as_they_were(capsys, caplog):
+    for message in ("once", "again"):
+        with restored_logs():
+            assert setup.start_screen().propagate is False
+            logging.getLogger("atss.some").info(message)
+        logging.getLogger("atss.some").warning("a record")
+    shown = capsys.readouterr().out
+    assert shown.count("once") == shown.count("again") == 1
+    assert caplog.messages == ["a record"] * 2 and not logging.getLogger("atss").handlers
 
 
 def test_long_messages_and_colours_stay_out_of_what_is_not_for_them():

@@ -73,7 +73,8 @@ def check_coco_json(
             place = f"annotation {annotation['id']} of image {annotation['image_id']}"
             problems.append(f"{place} {error}")
     raise_if_any(problems, f"in {json_file}")
-    log_flaws(flaws, json_file, for_evaluation)
+    if for_evaluation:  # what is trained on is counted where it is loaded
+        log_flaws(flaws, json_file, for_evaluation=True)
     if for_evaluation and any(annotation["id"] == 0 for annotation in annotations):
         logger.warning(
             "%s has an annotation with id 0. COCO's evaluation counts a match with it as no match, "

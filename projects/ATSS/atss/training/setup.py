@@ -125,8 +125,6 @@ def _tidy(handler: logging.Handler) -> None:
 
 
 def _is_for_screen(record: logging.LogRecord) -> bool:
-    if str(record.msg).startswith("Skip loading parameter"):  # one line for each
-        return False
     return record.levelno >= logging.WARNING or record.name.startswith(_ON_SCREEN)
 
 
