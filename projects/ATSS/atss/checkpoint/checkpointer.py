@@ -114,9 +114,7 @@ class ATSSCheckpointer(DetectionCheckpointer):
         if overrides:
             weights = unwrap({"model": checkpoint["model"]})
             checkpoint["model"] = override_model(self.model, overrides, weights)
-        found = [
-            name[len("module.") * name.startswith("module.") :] for name in checkpoint["model"]
-        ]
+        found = [re.sub(r"^module\.", "", name) for name in checkpoint["model"]]
         is_translated = checkpoint.get("matching_heuristics", False)
         needed = [name for name in self.model.state_dict() if not _IS_OPTIONAL.fullmatch(name)]
         incompatible = super()._load_model(checkpoint)
@@ -181,14 +179,14 @@ def _check_fit(model: Dict[str, Tensor], weights: Dict[str, Tensor], filename: s
     # Weights without a head are those of a bottom-up part alone.
     needed_names = [n for n in model if found is not None or "bottom_up" in n]
     missing = [n for n in needed_names if n not in weights and not _IS_OPTIONAL.fullmatch(n)]
-    for names, what in (
-        ([n for n in weights if n not in model], "which the model lacks"),
-        (
-            [n for n in weights if n in model and weights[n].shape != model[n].shape],
-            "of another shape than the model's",
-        ),
-        (missing, "missing, which the model needs"),
-    ):
+    unfit = {
+        "which the model lacks": [n for n in weights if n not in model],
+        "of another shape than the model's": [
+            n for n in weights if n in model and weights[n].shape != model[n].shape
+        ],
+        "missing, which the model needs": missing,
+    }
+    for what, names in unfit.items():
         if names:
             raise CheckpointError(
                 f"{filename!r} holds weights of another architecture: {len(names)} parameters "
@@ -247,16 +245,11 @@ def load_or_resume(
 
     Args:
         checkpointer: of the model and, to resume, the trainer.
-        weights: path or URL of the initial weights, or folder of a run; "" for none.
-        resume: whether to continue from the last checkpoint of the checkpointer's folder.
+        weights, resume: see `require_weights`, with the checkpointer's folder.
         allow_partial: load what fits of initial weights, to train the rest.
 
-    Returns:
-        `Loaded`.
-
     Raises:
-        FileNotFoundError: nothing to resume, or no such weights.
-        ValueError: weights that cannot be used, or do not fit the model.
+        FileNotFoundError, CheckpointError: see `require_weights` and `ATSSCheckpointer.load`.
     """
     path = require_weights(checkpointer.save_dir, weights, resume)
     before = settings_of(checkpointer.model)

@@ -29,14 +29,12 @@ _HARMLESS = {
     ("numpy", "ndarray"),
     ("numpy", "dtype"),
 }  # fmt: skip
-# What PyTorch needs to rebuild tensors.
+# What PyTorch needs besides to rebuild tensors.
 _TENSORS = {
-    ("collections", "OrderedDict"),
     ("torch", "Size"),
     ("torch", "device"),
-    *(("torch._utils", f"_rebuild_{kind}")
-      for kind in ("tensor", "tensor_v2", "parameter")),
-}  # fmt: skip
+    *(("torch._utils", f"_rebuild_{kind}") for kind in ("tensor", "tensor_v2", "parameter")),
+}
 
 
 class CheckpointError(ValueError):
@@ -130,9 +128,6 @@ def fetch(url: str) -> str:
 
     Args:
         url: address or path, by any of iopath's handlers.
-
-    Returns:
-        Path of the local file.
 
     Raises:
         CheckpointError: if it cannot be had, or is not the file that its name promises.
@@ -230,17 +225,10 @@ class _LeftOut:
     def __init__(self, *args: Any, **kwargs: Any):
         pass
 
-    def __setstate__(self, state: Any) -> None:
+    def append(self, *args: Any) -> None:
         pass
 
-    def __setitem__(self, key: Any, value: Any) -> None:
-        pass
-
-    def append(self, value: Any) -> None:
-        pass
-
-    def extend(self, values: Any) -> None:
-        pass
+    extend = __setitem__ = __setstate__ = append
 
 
 class _TensorsAndLogs(_ArraysOnly):
