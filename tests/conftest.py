@@ -14,6 +14,8 @@ from atss.anchors import AnchorGrid, GridAnchorGenerator, octave_sizes
 from atss.assigners import ATSSAssigner, assign_all_anchors
 from atss.backbone import resnet_fpn
 from atss.box_regression import Box2BoxTransform
+from atss.data import ToyShapesOptions
+from atss.data.toy_shapes import render_dataset, split_paths
 from atss.detector import build_detector
 from atss.head import ATSSHead
 from atss.losses import DenseLoss
@@ -36,6 +38,17 @@ torch.set_num_threads(1)
 def seed():
     torch.manual_seed(0)
     np.random.seed(0)
+
+
+def your_data(root, **options) -> Dict[str, str]:
+    """A small made set as the options for your data, by their names in parsed arguments."""
+    options = ToyShapesOptions(image_size=64, max_size=40, max_objects=3, **options)
+    folder = render_dataset(root, options)
+    return {
+        f"{split}_{part}": str(getattr(split_paths(folder, split), path))
+        for split in ("train", "val")
+        for part, path in (("json", "json_file"), ("images", "image_root"))
+    }
 
 
 @pytest.fixture(autouse=True)

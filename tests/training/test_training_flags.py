@@ -9,8 +9,6 @@ import pytest
 import torch
 from atss import tta
 from atss.checkpoint import ATSSCheckpointer
-from atss.data import ToyShapesOptions
-from atss.data.toy_shapes import render_dataset, split_paths
 from atss.trainer import Trainer
 from atss.training import (
     build_model,
@@ -29,7 +27,7 @@ from atss.training import (
     setup,
     training_parser,
 )
-from conftest import REPO, make_input, restored_logs, tiny_detector
+from conftest import REPO, make_input, restored_logs, tiny_detector, your_data
 
 TOOLS = ["train_net", "lazyconfig_train_net", "plain_train_net"]
 LAZY = (
@@ -48,17 +46,7 @@ YAML = (str(REPO / "configs/toy/atss_toy.yaml"), ["MODEL.DEVICE", "cpu"])
 def data(tmp_path_factory):
     """Options for your data: a set of six images with two classes."""
     root = tmp_path_factory.mktemp("shapes")
-    options = ToyShapesOptions(
-        image_size=64, num_train=4, num_val=2, max_size=40, num_classes=2, max_objects=3
-    )
-    folder = render_dataset(root, options)
-    paths = {split: split_paths(folder, split) for split in ("train", "val")}
-    return {
-        "train_json": str(paths["train"].json_file),
-        "train_images": str(paths["train"].image_root),
-        "val_json": str(paths["val"].json_file),
-        "val_images": str(paths["val"].image_root),
-    }
+    return your_data(root, num_train=4, num_val=2, num_classes=2)
 
 
 def test_evaluating_without_weights_is_refused_with_both_ways_out():

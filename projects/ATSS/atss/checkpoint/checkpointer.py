@@ -53,7 +53,6 @@ class ATSSCheckpointer(DetectionCheckpointer):
 
         Args:
             path: file, URL, or folder of a run, whose last checkpoint is meant.
-            *args, **kwargs: of `DetectionCheckpointer.load`.
             allow_partial: load what fits, to train the rest; else all parameters must be there.
 
         Raises:
