@@ -29,6 +29,9 @@ from atss.training import (
 )
 from conftest import REPO, make_input, restored_logs, tiny_detector, your_data
 
+from detectron2.engine import DefaultTrainer
+from detectron2.engine.hooks import PreciseBN
+
 TOOLS = ["train_net", "lazyconfig_train_net", "plain_train_net"]
 LAZY = (
     str(REPO / "configs/toy/atss_toy.py"),
@@ -235,6 +238,23 @@ def test_output_folder_that_cannot_be_made_is_named(tmp_path):
     cfg = load_lazy_config(LAZY[0], [f"train.output_dir={tmp_path}/file/out"])
     with pytest.raises(ValueError, match="file/out' cannot be made .*Change train.output_dir"):
         set_up_run(cfg, argparse.Namespace())
+
+
+def test_hooks_of_a_yaml_run_are_those_of_detectron2(data, tmp_path):
+    settings = ["OUTPUT_DIR", str(tmp_path), "SOLVER.IMS_PER_BATCH", "2", "TEST.EVAL_PERIOD", "7",
+                "SOLVER.CHECKPOINT_PERIOD", "5", "SOLVER.AMP.ENABLED", "False",
+                "DATALOADER.NUM_WORKERS", "0", "TEST.PRECISE_BN.ENABLED", "True"]  # fmt: skip
+    cfg = load_yaml_config(YAML[0], [*YAML[1], *settings])
+    choose_data(cfg, argparse.Namespace(**data))
+    trainer = Trainer(cfg)
+
+    def described(hooks):
+        periods = ("period", "_period")
+        return [(type(h), *(getattr(h, p, None) for p in periods)) for h in hooks if h is not None]
+
+    found = described(trainer.build_hooks())
+    assert found == described(DefaultTrainer.build_hooks(trainer))
+    assert PreciseBN in [kind for kind, *_ in found]
 
 
 def test_a_test_leaves_the_logs_as_they_were(capsys, caplog):
