@@ -146,19 +146,24 @@ class ATSSCheckpointer(DetectionCheckpointer):
 
 def _report(unfit: Dict[str, List[str]], allow_partial: bool) -> None:
     """Say which weights do not fit; raise `CheckpointError` where all must."""
-    texts = [
+    text = _listed(unfit)
+    if text and not allow_partial:
+        raise CheckpointError(
+            f"The weights are not those of this model: {text}. Use the config that they were "
+            "trained with, config.yaml in the folder of their run, with its number of classes "
+            "(model.num_classes, MODEL.ATSS.NUM_CLASSES)."
+        )
+    if text:
+        logger.warning("Parameters that are not loaded start anew: %s.", text)
+
+
+def _listed(unfit: Dict[str, List[str]]) -> str:
+    """The first names of each kind that has some, and how many they are."""
+    return "; ".join(
         f"{len(names)} {what} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
         for what, names in unfit.items()
         if names
-    ]
-    if texts and not allow_partial:
-        raise CheckpointError(
-            f"The weights are not those of this model: {'; '.join(texts)}. Use the config that "
-            "they were trained with, config.yaml in the folder of their run, with its number of "
-            "classes (model.num_classes, MODEL.ATSS.NUM_CLASSES)."
-        )
-    if texts:
-        logger.warning("Parameters that are not loaded start anew: %s.", "; ".join(texts))
+    )
 
 
 def _check_fit(model: Dict[str, Tensor], weights: Dict[str, Tensor], filename: str) -> None:
@@ -177,21 +182,18 @@ def _check_fit(model: Dict[str, Tensor], weights: Dict[str, Tensor], filename: s
         )
     # Weights without a head are those of a bottom-up part alone.
     needed_names = [n for n in model if found is not None or "bottom_up" in n]
-    missing = [n for n in needed_names if n not in weights and not _IS_OPTIONAL.fullmatch(n)]
     unfit = {
-        "which the model lacks": [n for n in weights if n not in model],
-        "of another shape than the model's": [
+        "unknown to the model": [n for n in weights if n not in model],
+        "of another shape": [
             n for n in weights if n in model and weights[n].shape != model[n].shape
         ],
-        "missing, which the model needs": missing,
+        "missing": [n for n in needed_names if n not in weights and not _IS_OPTIONAL.fullmatch(n)],
     }
-    for what, names in unfit.items():
-        if names:
-            raise CheckpointError(
-                f"{filename!r} holds weights of another architecture: {len(names)} parameters "
-                f"such as {names[0]!r} {what}. Choose the config of these weights (depth, groups, "
-                "deformable stages)."
-            )
+    if any(unfit.values()):
+        raise CheckpointError(
+            f"{filename!r} holds weights of another architecture: {_listed(unfit)}. Choose the "
+            "config of these weights (depth, groups, deformable stages)."
+        )
 
 
 class Loaded(NamedTuple):

@@ -72,22 +72,20 @@ def set_up_run(cfg: Config, args: argparse.Namespace) -> None:
     if is_training and is_resumed:
         compare_with_saved(cfg)  # before default_setup replaces the saved config
     default_setup(cfg, args)
-    logger.info("%s", _first_screen(cfg, args, is_training, is_resumed))
+    logger.info("%s", _first_screen(cfg, args, is_training))
 
 
-def _first_screen(
-    cfg: Config, args: argparse.Namespace, is_training: bool, is_resumed: bool
-) -> str:
+def _first_screen(cfg: Config, args: argparse.Namespace, is_training: bool) -> str:
     names = (get_setting(cfg, f"{split}_sets") for split in ("train", "val"))
     train, val = (name if isinstance(name, str) else ", ".join(name) for name in names)
-    initial_weights = get_setting(cfg, "weights") or "random"
+    weights = get_setting(cfg, "weights") or "random"
     batch_size = get_setting(cfg, "batch_size", "some")
     lines = {
         "config": getattr(args, "config_file", ""),
         "data": f"train on {train}, evaluate on {val or 'nothing'}" if is_training else val,
         "classes": get_setting(cfg, "num_classes"),
         "device": f"{available_device(cfg)}, {comm.get_world_size()} process(es)",
-        "weights": "of the last checkpoint" if is_resumed else initial_weights,
+        "weights": "of the last checkpoint" if getattr(args, "resume", False) else weights,
     }
     if is_training:
         max_iter = get_setting(cfg, "max_iter")
