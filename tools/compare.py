@@ -21,7 +21,7 @@ from _reference_models import NO_FCOS, fcos, has_fcos, retinanet, rpn
 from atss.checkpoint import ATSSCheckpointer
 from atss.data import register_toy_shapes
 from atss.model_zoo import config_file
-from atss.training import build_model, evaluate_lazy, load_lazy_config, train_lazy
+from atss.training import build_model, build_optimizer, evaluate_lazy, load_lazy_config, train_lazy
 from atss.training.loop import autocast_dtype
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
@@ -115,9 +115,7 @@ def train_for(
         The model, its iterations and the seconds used.
     """
     model = build_model(cfg)
-    cfg.optimizer.params.model = model
-    optimizer = instantiate(cfg.optimizer)
-    cfg.optimizer.params.model = None
+    optimizer = build_optimizer(cfg, model)
     base_rates = [group["lr"] for group in optimizer.param_groups]
     multiplier = instantiate(cfg.lr_multiplier)
     dtype = autocast_dtype(cfg.train.amp.enabled, cfg.train.amp.precision, device)

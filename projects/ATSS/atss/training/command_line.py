@@ -10,6 +10,7 @@ import torch
 
 from ..data import add_dataset_arguments
 from .launch import launch
+from .settings import Config, available_device
 from .setup import start_screen
 
 # What a user can cause and fix: a sentence is enough. Anything else is a bug and shows its trace.
@@ -21,11 +22,7 @@ class UserMistake(Exception):
 
 
 def training_parser(description: str) -> argparse.ArgumentParser:
-    """Options of Detectron2's training tools, and those for your data.
-
-    Args:
-        description: docstring of the tool; shown as it is.
-    """
+    """Options of Detectron2's training tools, and those for your data."""
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -86,20 +83,21 @@ def import_modules(names: Sequence[str]) -> None:
 def run(
     main: Callable[[argparse.Namespace], Any],
     args: argparse.Namespace,
-    device_of: Optional[Callable[[argparse.Namespace], str]] = None,
+    load: Optional[Callable[[str, Sequence[str]], Config]] = None,
 ) -> None:
     """Run a tool's `main` in all its processes; exit with 1 and one line on a user's mistake.
 
     Args:
         main: of the tool, in its module's top level, so that workers can import it.
         args: of `training_parser`.
-        device_of: reads from `args` where the config wants the model, which several processes must
-            know before they start; "cuda" if not given.
+        load: reads the tool's kind of config, whose device several processes must know before they
+            start; it is "cuda" if not given.
     """
     try:
         import_modules(args.modules)
-        is_alone = args.num_gpus * args.num_machines == 1
-        device = "cuda" if is_alone or device_of is None else device_of(args)
+        device = "cuda"
+        if load is not None and args.num_gpus * args.num_machines > 1:
+            device = available_device(load(args.config_file, args.opts))
         launch(
             _run_worker,
             args.num_gpus,
