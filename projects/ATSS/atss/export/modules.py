@@ -92,7 +92,7 @@ def raw_heads_as_tensors(
     """What the head predicts for every anchor, without selection.
 
     Args:
-        core: with the transform of the boxes.
+        core: decodes the boxes.
         predictions: of the head.
         anchors: L tensors (Ri, 4), xyxy in pixels.
 
@@ -128,13 +128,7 @@ def join_images(results: Sequence[Tuple[Tensor, ...]]) -> Tuple[Tensor, ...]:
 
 
 def output_names(model: nn.Module, batch_size: int = 1, stage: str = "detections") -> List[str]:
-    """Names of the tensors that an exported model returns, in their order.
-
-    Args:
-        model: what is exported.
-        batch_size: N of the file.
-        stage: where the file ends.
-    """
+    """Names of the tensors that a file returns, in their order; see `export_torchscript`."""
     if stage == "features":
         return list(model.proposal_generator.in_features)
     if stage == "raw heads":
@@ -156,12 +150,8 @@ def example_images(model: nn.Module, batch_size: int, size: ImageSize) -> Tensor
 def frozen_copy(model: nn.Module, two_stage: bool = False) -> nn.Module:
     """A copy for evaluation without gradients.
 
-    Args:
-        model: left as it is.
-        two_stage: whether a two-stage model will do.
-
     Raises:
-        TypeError: for another model.
+        TypeError: for a model that is no `ATSSDetector`, nor a two-stage one if that will do.
     """
     known = (ATSSDetector, GeneralizedRCNN) if two_stage else (ATSSDetector,)
     has_keypoints = getattr(getattr(model, "roi_heads", None), "keypoint_on", False)
