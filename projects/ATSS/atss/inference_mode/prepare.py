@@ -77,12 +77,6 @@ def prepare_as_configured(model: nn.Module, settings: Mapping[str, Any]) -> nn.M
         model: with its weights, on its device.
         settings: "enabled", "channels_last", "precision" (see `inference_dtype`) and "compile":
             `train.prepare` of a LazyConfig, TEST.PREPARE of a YAML config with lower-case keys.
-
-    Returns:
-        The model, prepared or unchanged.
-
-    Raises:
-        ValueError: see `prepare_for_inference`, `inference_dtype`.
     """
     if not settings["enabled"]:
         return model
