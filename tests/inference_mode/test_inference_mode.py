@@ -178,7 +178,7 @@ def test_what_cannot_be_prepared_is_refused():
         prepare_for_inference(model, dtype=torch.float16)
     with pytest.raises(ValueError, match="got torch.int8"):
         prepare_for_inference(model, dtype=torch.int8)
-    with pytest.raises(ValueError, match="Unknown precision 'half'.*bfloat16"):
+    with pytest.raises(ValueError, match="precision to be one of.*bfloat16.*got 'half'"):
         inference_dtype("half", torch.device("cpu"))
 
 

@@ -70,9 +70,9 @@ class CompiledWhereSupported:
             if self._compiled is None:
                 self._compiled = torch.compile(self.function, dynamic=True)
             return self._compiled(*args)
-        except Exception as error:  # compilers fail in many ways; out of memory is not theirs
-            if isinstance(error, torch.cuda.OutOfMemoryError):
-                raise
+        except torch.cuda.OutOfMemoryError:
+            raise
+        except Exception as error:  # compilers fail in many ways
             self._failed = True
             warnings.warn(
                 f"{self.function.__name__} could not be compiled and runs uncompiled from now on: "

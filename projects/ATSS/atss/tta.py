@@ -19,10 +19,9 @@ from detectron2.modeling.postprocessing import detector_postprocess
 from detectron2.structures import Boxes, Instances
 from detectron2.utils.file_io import PathManager
 
+from .checks import check_choice
 from .postprocessing.eager import Detections, suppress
 from .postprocessing.voting import vote_boxes
-
-_MERGES = ("nms", "vote", "soft-vote")
 
 
 class View(NamedTuple):
@@ -153,12 +152,13 @@ class ATSSWithTTA(nn.Module):
         super().__init__()
         views = release_views() if views is None else [View(*view) for view in views]
         if not views:
-            raise ValueError("ATSSWithTTA needs at least one view; see TEST.AUG.MIN_SIZES.")
-        if merge not in _MERGES:
-            raise ValueError(f"Unknown TEST.AUG.MERGE {merge!r}; known are {list(_MERGES)}.")
+            raise ValueError(
+                "ATSSWithTTA needs at least one view; see train.tta.min_sizes (TEST.AUG.MIN_SIZES)."
+            )
         self.model = model.module if isinstance(model, DistributedDataParallel) else model
         self.views = views
-        self.merge = merge
+        key = "train.tta.merge (TEST.AUG.MERGE)"
+        self.merge = check_choice("ATSSWithTTA", "merge", merge, ("nms", "vote", "soft-vote"), key)
         self.nms_thresh = nms_thresh
         self.vote_thresh = vote_thresh
         self.soft_score_thresh = soft_score_thresh

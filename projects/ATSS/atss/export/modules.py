@@ -15,6 +15,7 @@ from detectron2.modeling import GeneralizedRCNN
 from detectron2.structures import Instances
 
 from ..anchors import GraphBoxes
+from ..checks import check_choice
 from ..detector import ATSSDetector, padding_rule
 from ..postprocessing.traceable import ClassNMS, move_like, nms_per_class
 from ..predictions import DensePredictions, flatten_levels
@@ -45,10 +46,8 @@ class ExportableDetector(nn.Module):
         self, model: ATSSDetector, stage: str = "detections", nms: ClassNMS = nms_per_class
     ):
         super().__init__()
-        if stage not in STAGES:
-            raise ValueError(f"There is no stage {stage!r}; the stages are {', '.join(STAGES)}.")
+        self.stage = check_choice("ExportableDetector", "stage", stage, STAGES)
         self.model = frozen_copy(model)
-        self.stage = stage
         self.nms = nms
         if stage == "candidates":
             self.nms = _keep_all

@@ -7,6 +7,7 @@ from typing import Any, Mapping, Optional
 import torch
 from torch import Tensor, nn
 
+from ..checks import check_choice
 from ..device import compile_dense_parts, has_fast_bfloat16, to_channels_last
 from ..predictions import DensePredictions
 from .batch_norms import fold_batch_norms
@@ -100,13 +101,9 @@ def inference_dtype(precision: str, device: torch.device) -> Optional[torch.dtyp
     Raises:
         ValueError: for an unknown name.
     """
-    if precision == "auto":
+    key = "train.prepare.precision (TEST.PREPARE.PRECISION)"
+    if check_choice("Inference", "precision", precision, ["auto", *_DTYPES], key) == "auto":
         return torch.bfloat16 if has_fast_bfloat16(device) else None
-    if precision not in _DTYPES:
-        raise ValueError(
-            f"Unknown precision {precision!r} for inference; known are {['auto', *_DTYPES]} "
-            "(train.prepare.precision, TEST.PREPARE.PRECISION)."
-        )
     return _DTYPES[precision]
 
 
