@@ -10,9 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from atss.data import ToyShapesOptions
-from atss.data.toy_shapes import render_dataset, split_paths
-from conftest import REPO
+from conftest import REPO, your_data
 
 TINY_LAZY = [
     "model.backbone.stem_out_channels=32", "model.backbone.norm=GN",
@@ -33,16 +31,8 @@ TINY_YAML = [
 def data(tmp_path_factory):
     """Command-line options for a set of ten images with four classes."""
     root = tmp_path_factory.mktemp("shapes")
-    options = ToyShapesOptions(
-        image_size=64, num_train=10, num_val=4, max_size=40, num_classes=4, max_objects=3
-    )
-    folder = render_dataset(root, options)
-    arguments = []
-    for split in ("train", "val"):
-        paths = split_paths(folder, split)
-        arguments += [f"--{split}-json", str(paths.json_file), f"--{split}-images"]
-        arguments += [str(paths.image_root)]
-    return arguments
+    options = your_data(root, num_train=10, num_val=4, num_classes=4).items()
+    return [part for key, value in options for part in (f"--{key.replace('_', '-')}", value)]
 
 
 def run_tool(tool, arguments, cwd, ok=True, warnings="ignore"):

@@ -9,8 +9,6 @@ import export_model
 import pytest
 import torch
 from atss.checkpoint import ATSSCheckpointer, convert_checkpoint, override_weights, read_checkpoint
-from atss.data import ToyShapesOptions
-from atss.data.toy_shapes import render_dataset, split_paths
 from atss.trainer import Trainer
 from atss.training import (
     build_model,
@@ -24,7 +22,7 @@ from atss.training import (
 )
 from atss.training.saved_configs import compare_with_saved, save_config
 from atss.training.settings import put_setting
-from conftest import REPO
+from conftest import REPO, your_data
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
@@ -47,15 +45,7 @@ YAML = [
 def data(tmp_path_factory):
     """Options for your data: a set of six images with two classes."""
     root = tmp_path_factory.mktemp("shapes")
-    options = ToyShapesOptions(
-        image_size=64, num_train=4, num_val=2, max_size=40, num_classes=2, max_objects=3
-    )
-    folder = render_dataset(root, options)
-    train, val = (split_paths(folder, split) for split in ("train", "val"))
-    return {
-        "train_json": str(train.json_file), "train_images": str(train.image_root),
-        "val_json": str(val.json_file), "val_images": str(val.image_root),
-    }  # fmt: skip
+    return your_data(root, num_train=4, num_val=2, num_classes=2)
 
 
 @pytest.fixture(autouse=True)

@@ -9,8 +9,6 @@ import pytest
 import torch
 from atss import tta
 from atss.checkpoint import ATSSCheckpointer
-from atss.data import ToyShapesOptions
-from atss.data.toy_shapes import render_dataset, split_paths
 from atss.trainer import Trainer
 from atss.training import (
     build_model,
@@ -29,7 +27,10 @@ from atss.training import (
     setup,
     training_parser,
 )
-from conftest import REPO, make_input, tiny_detector
+from conftest import REPO, make_input, restored_logs, tiny_detector, your_data
+
+from detectron2.engine import DefaultTrainer
+from detectron2.engine.hooks import PreciseBN
 
 TOOLS = ["train_net", "lazyconfig_train_net", "plain_train_net"]
 LAZY = (
@@ -48,17 +49,7 @@ YAML = (str(REPO / "configs/toy/atss_toy.yaml"), ["MODEL.DEVICE", "cpu"])
 def data(tmp_path_factory):
     """Options for your data: a set of six images with two classes."""
     root = tmp_path_factory.mktemp("shapes")
-    options = ToyShapesOptions(
-        image_size=64, num_train=4, num_val=2, max_size=40, num_classes=2, max_objects=3
-    )
-    folder = render_dataset(root, options)
-    paths = {split: split_paths(folder, split) for split in ("train", "val")}
-    return {
-        "train_json": str(paths["train"].json_file),
-        "train_images": str(paths["train"].image_root),
-        "val_json": str(paths["val"].json_file),
-        "val_images": str(paths["val"].image_root),
-    }
+    return your_data(root, num_train=4, num_val=2, num_classes=2)
 
 
 def test_evaluating_without_weights_is_refused_with_both_ways_out():
@@ -247,6 +238,34 @@ def test_output_folder_that_cannot_be_made_is_named(tmp_path):
     cfg = load_lazy_config(LAZY[0], [f"train.output_dir={tmp_path}/file/out"])
     with pytest.raises(ValueError, match="file/out' cannot be made .*Change train.output_dir"):
         set_up_run(cfg, argparse.Namespace())
+
+
+def test_hooks_of_a_yaml_run_are_those_of_detectron2(data, tmp_path):
+    settings = ["OUTPUT_DIR", str(tmp_path), "SOLVER.IMS_PER_BATCH", "2", "TEST.EVAL_PERIOD", "7",
+                "SOLVER.CHECKPOINT_PERIOD", "5", "SOLVER.AMP.ENABLED", "False",
+                "DATALOADER.NUM_WORKERS", "0", "TEST.PRECISE_BN.ENABLED", "True"]  # fmt: skip
+    cfg = load_yaml_config(YAML[0], [*YAML[1], *settings])
+    choose_data(cfg, argparse.Namespace(**data))
+    trainer = Trainer(cfg)
+
+    def described(hooks):
+        periods = ("period", "_period")
+        return [(type(h), *(getattr(h, p, None) for p in periods)) for h in hooks if h is not None]
+
+    found = described(trainer.build_hooks())
+    assert found == described(DefaultTrainer.build_hooks(trainer))
+    assert PreciseBN in [kind for kind, *_ in found]
+
+
+def test_a_test_leaves_the_logs_as_they_were(capsys, caplog):
+    for message in ("once", "again"):
+        with restored_logs():
+            assert setup.start_screen().propagate is False
+            logging.getLogger("atss.some").info(message)
+        logging.getLogger("atss.some").warning("a record")
+    shown = capsys.readouterr().out
+    assert shown.count("once") == shown.count("again") == 1
+    assert caplog.messages == ["a record"] * 2 and not logging.getLogger("atss").handlers
 
 
 def test_long_messages_and_colours_stay_out_of_what_is_not_for_them():

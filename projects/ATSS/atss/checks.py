@@ -3,6 +3,9 @@
 Each returns the value it was given, so that a check fits where the value is stored::
 
     self.topk = check_integer("ATSSAssigner", "topk", topk, 1, "model.assigner.topk")
+
+and raises a `ValueError` for any other. `owner` is the class or function that takes the argument,
+`name` is that of the argument, and `key` is the config key to change, "" where there is none.
 """
 
 import math
@@ -13,17 +16,7 @@ from typing import Any, Iterable, Optional
 def check_integer(
     owner: str, name: str, value: Any, low: int, key: str = "", high: Optional[int] = None
 ) -> int:
-    """An integer, `True` and `False` excluded, of at least `low` and at most `high`.
-
-    Args:
-        owner: class or function that takes the argument.
-        name: of the argument.
-        value: what arrived.
-        low, high: bounds, both inclusive; None for no upper bound.
-        key: config key to change; "" where there is none.
-
-    Raises:
-        ValueError: for anything else.
+    """An integer from `low` to `high`, both inclusive; `True` and `False` are none.
 
     Example:
         >>> check_integer("ATSSAssigner", "topk", 9, 1, "model.assigner.topk")
@@ -51,16 +44,10 @@ def check_range(
     """A number in an interval; NaN and `True` and `False` are in none.
 
     Args:
-        owner: class or function that takes the argument.
-        name: of the argument.
-        value: what arrived.
+        owner, name, value, key: see above.
         low, high: bounds of the interval; either may be infinite.
-        key: config key to change; "" where there is none.
         ends: "[" or "(" and "]" or ")", as in mathematics: a square bracket includes its bound. So
             "[)" with `high` of infinity refuses infinity.
-
-    Raises:
-        ValueError: for anything else.
 
     Example:
         >>> check_range("ATSSHead", "prior_prob", 0.01, 0, 1, "model.head.prior_prob", ends="()")
@@ -87,16 +74,6 @@ def check_range(
 
 def check_choice(owner: str, name: str, value: Any, choices: Iterable, key: str = "") -> Any:
     """One of several values.
-
-    Args:
-        owner: class or function that takes the argument.
-        name: of the argument.
-        value: what arrived.
-        choices: the values that are known.
-        key: config key to change; "" where there is none.
-
-    Raises:
-        ValueError: for anything else.
 
     Example:
         >>> known = ("giou", "smooth_l1")

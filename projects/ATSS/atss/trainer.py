@@ -17,6 +17,7 @@ from detectron2.evaluation import COCOEvaluator
 from detectron2.solver.build import maybe_add_gradient_clipping
 from detectron2.utils import comm
 
+from .checks import check_choice
 from .data import NamingMapper, load_dataset_dicts
 from .optimizer import get_optimizer_params
 from .training import build_model, evaluate_checkpoint, load_for_training, make_checkpointer
@@ -32,10 +33,7 @@ class Trainer(DefaultTrainer):
 
     What differs from `DefaultTrainer`: parameter groups (`get_optimizer_params`), COCO evaluation,
     mixed precision that does not need CUDA, ground truth checked before the first step, and
-    checkpoints that must fit the model.
-
-    Args:
-        cfg: config with `add_atss_config`'s keys.
+    checkpoints that must fit the model. The config needs `add_atss_config`'s keys.
 
     Raises:
         FileNotFoundError, ValueError: for data or settings that cannot work, before training.
@@ -88,10 +86,7 @@ class Trainer(DefaultTrainer):
             ValueError: for another SOLVER.OPTIMIZER.
         """
         solver = cfg.SOLVER
-        if solver.OPTIMIZER not in _OPTIMIZERS:
-            raise ValueError(
-                f"Unknown SOLVER.OPTIMIZER {solver.OPTIMIZER!r}; known are {list(_OPTIMIZERS)}."
-            )
+        check_choice("Trainer", "optimizer", solver.OPTIMIZER, _OPTIMIZERS, "SOLVER.OPTIMIZER")
         decay_bias = solver.WEIGHT_DECAY_BIAS
         groups = get_optimizer_params(
             model,
@@ -149,8 +144,7 @@ class Trainer(DefaultTrainer):
         """Start from MODEL.WEIGHTS, or continue from the last checkpoint of OUTPUT_DIR.
 
         Raises:
-            FileNotFoundError: nothing to resume, or no such weights.
-            ValueError: weights that match no parameter, or of which some is missing to resume.
+            FileNotFoundError, ValueError: see `load_for_training`.
         """
         self.start_iter = load_for_training(self.cfg, self.checkpointer, resume)
 

@@ -53,7 +53,6 @@ class ATSSCheckpointer(DetectionCheckpointer):
 
         Args:
             path: file, URL, or folder of a run, whose last checkpoint is meant.
-            *args, **kwargs: of `DetectionCheckpointer.load`.
             allow_partial: load what fits, to train the rest; else all parameters must be there.
 
         Raises:
@@ -114,9 +113,7 @@ class ATSSCheckpointer(DetectionCheckpointer):
         if overrides:
             weights = unwrap({"model": checkpoint["model"]})
             checkpoint["model"] = override_model(self.model, overrides, weights)
-        found = [
-            name[len("module.") * name.startswith("module.") :] for name in checkpoint["model"]
-        ]
+        found = [re.sub(r"^module\.", "", name) for name in checkpoint["model"]]
         is_translated = checkpoint.get("matching_heuristics", False)
         needed = [name for name in self.model.state_dict() if not _IS_OPTIONAL.fullmatch(name)]
         incompatible = super()._load_model(checkpoint)
@@ -149,19 +146,24 @@ class ATSSCheckpointer(DetectionCheckpointer):
 
 def _report(unfit: Dict[str, List[str]], allow_partial: bool) -> None:
     """Say which weights do not fit; raise `CheckpointError` where all must."""
-    texts = [
+    text = _listed(unfit)
+    if text and not allow_partial:
+        raise CheckpointError(
+            f"The weights are not those of this model: {text}. Use the config that they were "
+            "trained with, config.yaml in the folder of their run, with its number of classes "
+            "(model.num_classes, MODEL.ATSS.NUM_CLASSES)."
+        )
+    if text:
+        logger.warning("Parameters that are not loaded start anew: %s.", text)
+
+
+def _listed(unfit: Dict[str, List[str]]) -> str:
+    """The first names of each kind that has some, and how many they are."""
+    return "; ".join(
         f"{len(names)} {what} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
         for what, names in unfit.items()
         if names
-    ]
-    if texts and not allow_partial:
-        raise CheckpointError(
-            f"The weights are not those of this model: {'; '.join(texts)}. Use the config that "
-            "they were trained with, config.yaml in the folder of their run, with its number of "
-            "classes (model.num_classes, MODEL.ATSS.NUM_CLASSES)."
-        )
-    if texts:
-        logger.warning("Parameters that are not loaded start anew: %s.", "; ".join(texts))
+    )
 
 
 def _check_fit(model: Dict[str, Tensor], weights: Dict[str, Tensor], filename: str) -> None:
@@ -180,21 +182,18 @@ def _check_fit(model: Dict[str, Tensor], weights: Dict[str, Tensor], filename: s
         )
     # Weights without a head are those of a bottom-up part alone.
     needed_names = [n for n in model if found is not None or "bottom_up" in n]
-    missing = [n for n in needed_names if n not in weights and not _IS_OPTIONAL.fullmatch(n)]
-    for names, what in (
-        ([n for n in weights if n not in model], "which the model lacks"),
-        (
-            [n for n in weights if n in model and weights[n].shape != model[n].shape],
-            "of another shape than the model's",
-        ),
-        (missing, "missing, which the model needs"),
-    ):
-        if names:
-            raise CheckpointError(
-                f"{filename!r} holds weights of another architecture: {len(names)} parameters "
-                f"such as {names[0]!r} {what}. Choose the config of these weights (depth, groups, "
-                "deformable stages)."
-            )
+    unfit = {
+        "unknown to the model": [n for n in weights if n not in model],
+        "of another shape": [
+            n for n in weights if n in model and weights[n].shape != model[n].shape
+        ],
+        "missing": [n for n in needed_names if n not in weights and not _IS_OPTIONAL.fullmatch(n)],
+    }
+    if any(unfit.values()):
+        raise CheckpointError(
+            f"{filename!r} holds weights of another architecture: {_listed(unfit)}. Choose the "
+            "config of these weights (depth, groups, deformable stages)."
+        )
 
 
 class Loaded(NamedTuple):
@@ -247,16 +246,11 @@ def load_or_resume(
 
     Args:
         checkpointer: of the model and, to resume, the trainer.
-        weights: path or URL of the initial weights, or folder of a run; "" for none.
-        resume: whether to continue from the last checkpoint of the checkpointer's folder.
+        weights, resume: see `require_weights`, with the checkpointer's folder.
         allow_partial: load what fits of initial weights, to train the rest.
 
-    Returns:
-        `Loaded`.
-
     Raises:
-        FileNotFoundError: nothing to resume, or no such weights.
-        ValueError: weights that cannot be used, or do not fit the model.
+        FileNotFoundError, CheckpointError: see `require_weights` and `ATSSCheckpointer.load`.
     """
     path = require_weights(checkpointer.save_dir, weights, resume)
     before = settings_of(checkpointer.model)

@@ -4,9 +4,9 @@ A training tool needs a few lines, for any data::
 
     add_dataset_arguments(parser)
     ...
-    data = register_from_arguments(args, train_names, val_names, num_classes)  # names, classes
+    data = register_from_arguments(args, train_names, val_names)  # names, classes
     ...
-    dataset_dicts = load_dataset_dicts(data.train, data.num_classes)  # checked
+    dataset_dicts = load_dataset_dicts(data.train, len(data.class_names))  # checked
 """
 
 from .classes import common_classes

@@ -15,6 +15,7 @@ from detectron2.modeling import GeneralizedRCNN
 from detectron2.structures import Instances
 
 from ..anchors import GraphBoxes
+from ..checks import check_choice
 from ..detector import ATSSDetector, padding_rule
 from ..postprocessing.traceable import ClassNMS, move_like, nms_per_class
 from ..predictions import DensePredictions, flatten_levels
@@ -45,10 +46,8 @@ class ExportableDetector(nn.Module):
         self, model: ATSSDetector, stage: str = "detections", nms: ClassNMS = nms_per_class
     ):
         super().__init__()
-        if stage not in STAGES:
-            raise ValueError(f"There is no stage {stage!r}; the stages are {', '.join(STAGES)}.")
+        self.stage = check_choice("ExportableDetector", "stage", stage, STAGES)
         self.model = frozen_copy(model)
-        self.stage = stage
         self.nms = nms
         if stage == "candidates":
             self.nms = _keep_all
@@ -92,7 +91,7 @@ def raw_heads_as_tensors(
     """What the head predicts for every anchor, without selection.
 
     Args:
-        core: with the transform of the boxes.
+        core: decodes the boxes.
         predictions: of the head.
         anchors: L tensors (Ri, 4), xyxy in pixels.
 
@@ -128,13 +127,7 @@ def join_images(results: Sequence[Tuple[Tensor, ...]]) -> Tuple[Tensor, ...]:
 
 
 def output_names(model: nn.Module, batch_size: int = 1, stage: str = "detections") -> List[str]:
-    """Names of the tensors that an exported model returns, in their order.
-
-    Args:
-        model: what is exported.
-        batch_size: N of the file.
-        stage: where the file ends.
-    """
+    """Names of the tensors that a file returns, in their order; see `export_torchscript`."""
     if stage == "features":
         return list(model.proposal_generator.in_features)
     if stage == "raw heads":
@@ -156,12 +149,8 @@ def example_images(model: nn.Module, batch_size: int, size: ImageSize) -> Tensor
 def frozen_copy(model: nn.Module, two_stage: bool = False) -> nn.Module:
     """A copy for evaluation without gradients.
 
-    Args:
-        model: left as it is.
-        two_stage: whether a two-stage model will do.
-
     Raises:
-        TypeError: for another model.
+        TypeError: for a model that is no `ATSSDetector`, nor a two-stage one if that will do.
     """
     known = (ATSSDetector, GeneralizedRCNN) if two_stage else (ATSSDetector,)
     has_keypoints = getattr(getattr(model, "roi_heads", None), "keypoint_on", False)

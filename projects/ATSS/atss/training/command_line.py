@@ -24,11 +24,7 @@ class UserMistake(Exception):
 
 
 def training_parser(description: str) -> argparse.ArgumentParser:
-    """Options of Detectron2's training tools, and those for your data.
-
-    Args:
-        description: docstring of the tool; shown as it is.
-    """
+    """Options of Detectron2's training tools, and those for your data."""
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -79,10 +79,7 @@ def evaluate_checkpoint(
         cfg: of either kind.
         resume: take the last checkpoint of the output folder.
         build: makes the model of `cfg`.
-        evaluate, evaluate_tta: take `cfg` and the model.
-
-    Returns:
-        Results of `evaluate` and `evaluate_tta`.
+        evaluate, evaluate_tta: take `cfg` and the model; both their results are returned.
 
     Raises:
         FileNotFoundError, ValueError: no weights, weights that do not fit the model or the classes

@@ -46,15 +46,9 @@ def autocast_dtype(enabled: bool, precision: str, device: torch.device) -> Optio
 
 
 def make_grad_scaler(dtype: Optional[torch.dtype]) -> Optional[Any]:
-    """Scaler of gradients for an autocast type.
+    """A new `GradScaler` for an autocast type; None where it needs none.
 
-    Only float16 needs one: small gradients become 0 in it. bfloat16 has the range of float32.
-
-    Args:
-        dtype: as `autocast_dtype` gives it.
-
-    Returns:
-        A new `GradScaler`, or None.
+    Small gradients become 0 in float16. bfloat16 has the range of float32.
     """
     if dtype != torch.float16:
         return None
@@ -120,15 +114,7 @@ class StepTrainer(SimpleTrainer):
 
 
 def create_ddp_model(model: nn.Module, **options: Any) -> nn.Module:
-    """Detectron2's wrapper for data parallelism, which here takes models on the CPU too.
-
-    Args:
-        model: on the device of this worker.
-        **options: of Detectron2's `create_ddp_model`.
-
-    Returns:
-        The wrapped model, or `model` itself in a single process.
-    """
+    """Detectron2's function of this name, with its options, for models on the CPU too."""
     device = next(model.parameters()).device
     options.setdefault("device_ids", [device.index] if device.type == "cuda" else None)
     return defaults.create_ddp_model(model, **options)

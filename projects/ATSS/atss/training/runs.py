@@ -101,8 +101,7 @@ def train_lazy(
         Results of the last evaluation on the main process, None if there was none.
 
     Raises:
-        FileNotFoundError: nothing to resume, or the initial weights are missing.
-        ValueError: initial weights that match no parameter.
+        FileNotFoundError, ValueError: see `load_for_training`.
         FloatingPointError: the loss became infinite or NaN.
     """
     model = build_model(cfg)

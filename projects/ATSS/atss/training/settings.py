@@ -126,8 +126,7 @@ def choose_data(cfg: Config, args: argparse.Namespace) -> None:
     if is_yours:
         put_setting(cfg, "train_sets", data.train)
         put_setting(cfg, "val_sets", data.val)
-        if data.num_classes is not None:
-            put_setting(cfg, "num_classes", data.num_classes)
+        put_setting(cfg, "num_classes", len(data.class_names))
 
 
 def check_schedule(cfg: Config, num_processes: int) -> None:

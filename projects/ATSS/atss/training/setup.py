@@ -77,7 +77,7 @@ def set_up_run(cfg: Config, args: argparse.Namespace) -> None:
     elif is_training and comm.is_main_process():
         mark_start(folder)
     default_setup(cfg, args)
-    logger.info("%s", _first_screen(cfg, args, is_training, is_resumed))
+    logger.info("%s", _first_screen(cfg, args, is_training))
 
 
 def _is_restart() -> bool:
@@ -86,19 +86,17 @@ def _is_restart() -> bool:
     return any(os.environ.get(name, "0") != "0" for name in counts)
 
 
-def _first_screen(
-    cfg: Config, args: argparse.Namespace, is_training: bool, is_resumed: bool
-) -> str:
+def _first_screen(cfg: Config, args: argparse.Namespace, is_training: bool) -> str:
     names = (get_setting(cfg, f"{split}_sets") for split in ("train", "val"))
     train, val = (name if isinstance(name, str) else ", ".join(name) for name in names)
-    initial_weights = get_setting(cfg, "weights") or "random"
+    weights = get_setting(cfg, "weights") or "random"
     batch_size = get_setting(cfg, "batch_size", "some")
     lines = {
         "config": getattr(args, "config_file", ""),
         "data": f"train on {train}, evaluate on {val or 'nothing'}" if is_training else val,
         "classes": get_setting(cfg, "num_classes"),
         "device": f"{available_device(cfg)}, {comm.get_world_size()} process(es)",
-        "weights": "of the last checkpoint" if is_resumed else initial_weights,
+        "weights": "of the last checkpoint" if getattr(args, "resume", False) else weights,
     }
     if is_training:
         max_iter = get_setting(cfg, "max_iter")
@@ -136,8 +134,6 @@ def _tidy(handler: logging.Handler) -> None:
 
 
 def _is_for_screen(record: logging.LogRecord) -> bool:
-    if str(record.msg).startswith("Skip loading parameter"):  # one line for each
-        return False
     return record.levelno >= logging.WARNING or record.name.startswith(_ON_SCREEN)
 
 
