@@ -6,6 +6,8 @@ train = dict(
     max_iter=90000,
     # "float16" scales gradients and needs a GPU; "bfloat16" works everywhere.
     amp=dict(enabled=False, precision="float16"),
+    # So many steps in a row whose loss is not finite are skipped; 0 stops at the first.
+    max_nonfinite_steps=0,
     channels_last=False,
     # Backbone and head through torch.compile.
     compile=False,

@@ -120,9 +120,18 @@ def test_device_of_the_config_decides_how_workers_talk(monkeypatch):
     assert launch.choose_backend("cuda") == launch.choose_backend("cuda:0") == "nccl"
     assert launch.choose_backend("cpu") == "gloo"
     spawned = []
-    monkeypatch.setattr(
-        launch.multiprocessing, "spawn", lambda *args, **kwargs: spawned.append(kwargs["nprocs"])
-    )
+
+    class Ended:
+        def __init__(self, *args, nprocs, **kwargs):
+            spawned.append(nprocs)
+
+        def pids(self):
+            return []
+
+        def join(self):
+            return True
+
+    monkeypatch.setattr(launch.multiprocessing, "spawn", Ended)
     launch.launch(print, 2, device="cpu")  # more processes than GPUs, which the CPU allows
     assert spawned == [2]
     with pytest.raises(ValueError, match="2 processes need as many GPUs, this machine has 1"):

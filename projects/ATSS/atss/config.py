@@ -84,6 +84,8 @@ def add_atss_config(cfg: CN) -> None:
     cfg.SOLVER.WEIGHT_DECAY_NORM = None  # that of WEIGHT_DECAY
     # "float16" needs a GPU, "bfloat16" works everywhere, "auto" is bfloat16 where it is fast.
     cfg.SOLVER.AMP.PRECISION = "float16"
+    # So many steps in a row whose loss is not finite are skipped; 0 stops at the first.
+    cfg.SOLVER.MAX_NONFINITE_STEPS = 0
     cfg.SOLVER.CHANNELS_LAST = False
     cfg.SOLVER.COMPILE = False  # backbone and head through torch.compile
 

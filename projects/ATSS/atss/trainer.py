@@ -70,8 +70,19 @@ class Trainer(DefaultTrainer):
             loader, num_iters = self.build_train_loader(cfg), cfg.TEST.PRECISE_BN.NUM_ITER
             precise.append(PreciseBN(cfg.TEST.EVAL_PERIOD, self.model, loader, num_iters))
         return build_hooks(
-            self.cfg, self.checkpointer, self.scheduler, evaluate, self.build_writers, precise
+            self.cfg,
+            self._trainer,
+            self.checkpointer,
+            self.scheduler,
+            evaluate,
+            self.build_writers,
+            precise,
         )
+
+    def train(self) -> Optional[Results]:
+        """Train to the end, or to the end of a step in which a signal asks for a stop."""
+        with self._trainer.stop:
+            return super().train()
 
     @classmethod
     def build_model(cls, cfg: CfgNode) -> nn.Module:

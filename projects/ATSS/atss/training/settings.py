@@ -33,6 +33,7 @@ _KEYS = {
     "eval_period": ("train.eval_period", "TEST.EVAL_PERIOD"),
     "channels_last": ("train.channels_last", "SOLVER.CHANNELS_LAST"),
     "compile": ("train.compile", "SOLVER.COMPILE"),
+    "max_nonfinite_steps": ("train.max_nonfinite_steps", "SOLVER.MAX_NONFINITE_STEPS"),
     "amp": ("train.amp.enabled", "SOLVER.AMP.ENABLED"),
     "amp_precision": ("train.amp.precision", "SOLVER.AMP.PRECISION"),
     "prepare": ("train.prepare", "TEST.PREPARE"),

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import threading
 from typing import Any, Dict, Optional
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
@@ -12,7 +13,7 @@ STOPPED = 75
 class StopRequest:
     """Context in which a signal asks for a stop; a second one ends the process at once.
 
-    Entered in the main thread. submitit announces a time limit or a preemption by SIGUSR2: where
+    In another thread than the main one, where Python allows no handlers, it does nothing. submitit announces a time limit or a preemption by SIGUSR2: where
     that has a handler, it asks for a stop too, and the handler, which queues the job again, is
     called by `exit` once the run is saved.
 
@@ -26,6 +27,8 @@ class StopRequest:
         self._pid = os.getpid()
 
     def __enter__(self) -> "StopRequest":
+        if threading.current_thread() is not threading.main_thread():
+            return self
         numbers = list(STOP_SIGNALS)
         if callable(signal.getsignal(signal.SIGUSR2)):
             numbers.append(signal.SIGUSR2)
