@@ -80,7 +80,7 @@ class ClassLoss:
             0-dim float32 sum, not normalised.
         """
         flat = FlatMaps.of(logits)
-        levels = places.locations.levels
+        levels = places.lattice.levels
         offsets = flat.offsets(places, num_anchors, classes.unsqueeze(1))  # (S, 1)
         targets = targets.float()
         masks = masks_per_level(is_ignored, logits, num_anchors, flat.channels_last)

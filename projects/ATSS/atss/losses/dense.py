@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from detectron2.utils import comm
 
-from ..anchors import AnchorGrid
+from ..anchor_grid import AnchorGrid
 from ..assigners import Assignment
 from ..box_regression import Box2BoxTransform, PointToBoxTransform
 from ..checks import check_choice, check_integer, check_range
@@ -117,7 +117,7 @@ class DenseLoss:
             ignored = assignment.is_ignored[assignment.image_idxs, assignment.anchor_idxs]
             is_positive = is_positive & ~ignored
         places = Places.of(anchors, assignment.image_idxs, assignment.anchor_idxs)
-        anchor_boxes = anchors.boxes_of(places.locations)  # (S, 4)
+        anchor_boxes = anchors.boxes_of(places.lattice)  # (S, 4)
         # Boxes of other samples must not reach log or division: their gradient could be NaN in
         # spite of the mask.
         gt_boxes = torch.where(is_positive.unsqueeze(1), targets.boxes, anchor_boxes)
