@@ -16,7 +16,7 @@ from .box_regression import Box2BoxTransform, PointToBoxTransform
 from .build import build_parts
 from .geometry import box_areas
 from .losses import DenseLoss
-from .postprocessing import DetectionSelector, ProposalSelector
+from .postprocessing import DetectionSelector, ProposalSelector, SelectionInputs
 from .predictions import DensePredictions, PredictionsAt
 from .stored_settings import StoresSettings
 from .targets import Targets, label_anchors
@@ -167,7 +167,8 @@ class ATSS(StoresSettings, nn.Module):
             `objectness_logits`, by falling score.
         """
         anchors = self.anchor_generator(features)
-        return self.selector(predictions, anchors, image_sizes, self.decode, self.training)
+        inputs = SelectionInputs(predictions, anchors, image_sizes, self.decode)
+        return self.selector(inputs, self.training)
 
     def decode(self, deltas: Tensor, anchors: Tensor) -> Tensor:
         """Boxes that deltas mean: (P, 4) deltas and anchors to (P, 4) xyxy in pixels."""

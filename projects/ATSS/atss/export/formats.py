@@ -57,7 +57,7 @@ def export_torchscript(
 
     Returns:
         The traced module: images (N, 3, H, W) -> the tensors of `output_names`. Masks are
-        (D, 1, M, M) probabilities in the frame of their box.
+        (D, 1, side, side) probabilities in the frame of their box.
 
     Raises:
         TypeError: for another model, or another stage of a two-stage model.
