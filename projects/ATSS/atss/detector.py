@@ -1,7 +1,7 @@
 """The one-stage detector: images in, instances out."""
 
 import inspect
-from typing import Dict, List, Sequence, Tuple
+from typing import Dict, List, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -116,7 +116,12 @@ class ATSSDetector(StoresSettings, nn.Module):
         if not self.training:
             features = self.backbone(images.tensor)
             results, _ = self.proposal_generator(images, features)
-            return self._postprocess(results, batched_inputs, images.image_sizes)
+            outputs = []
+            for result, inputs in zip(results, batched_inputs):
+                height, width = result.image_size
+                size = inputs.get("height", height), inputs.get("width", width)
+                outputs.append({"instances": detector_postprocess(result, *size)})
+            return outputs
 
         gt_instances = self._gt_instances(batched_inputs)
         features = self.backbone(images.tensor)
@@ -193,19 +198,6 @@ class ATSSDetector(StoresSettings, nn.Module):
                 )
             check_gt_instances(inputs["instances"], num_classes, inputs.get("image_id", i))
         return [instances_to_device(inputs["instances"], self.device) for inputs in batched_inputs]
-
-    @staticmethod
-    def _postprocess(
-        results: List[Instances],
-        batched_inputs: List[Dict],
-        image_sizes: List[Tuple[int, int]],
-    ) -> List[Dict[str, Instances]]:
-        processed = []
-        for result, inputs, image_size in zip(results, batched_inputs, image_sizes):
-            height = inputs.get("height", image_size[0])
-            width = inputs.get("width", image_size[1])
-            processed.append({"instances": detector_postprocess(result, height, width)})
-        return processed
 
 
 def build_detector(

@@ -155,16 +155,11 @@ class ATSS(StoresSettings, nn.Module):
         features: Sequence[Tensor],
         image_sizes: Sequence[Tuple[int, int]],
     ) -> List[Instances]:
-        """Detections of a batch, or proposals as first stage.
+        """Detections of a batch, or proposals as first stage: N `Instances` as `forward` has them.
 
         Args:
-            predictions: raw output of the head.
+            predictions, image_sizes: see `SelectionInputs`.
             features: L feature maps, for the sizes of the levels.
-            image_sizes: N (height, width) in pixels, before padding.
-
-        Returns:
-            N `Instances` with `pred_boxes`, `scores` and `pred_classes`, or `proposal_boxes` and
-            `objectness_logits`, by falling score.
         """
         anchors = self.anchor_generator(features)
         inputs = SelectionInputs(predictions, anchors, image_sizes, self.decode)

@@ -157,11 +157,8 @@ def resolve_claims(
         `Assignment` of S = M * C samples.
     """
     num_images = len(num_objects)
-    assert anchor_idxs.shape == is_claimed.shape == priority.shape, (
-        anchor_idxs.shape,
-        is_claimed.shape,
-        priority.shape,
-    )
+    shapes = [tuple(values.shape) for values in (anchor_idxs, is_claimed, priority)]
+    assert len(set(shapes)) == 1, shapes
     assert sum(num_objects) == len(anchor_idxs), (num_objects, anchor_idxs.shape)
     device = anchor_idxs.device
     if image_idxs is None:

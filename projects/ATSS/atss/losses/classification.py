@@ -119,11 +119,10 @@ class FocalLoss(ClassLoss):
     """
 
     def __init__(self, alpha: float = 0.25, gamma: float = 2.0):
-        self.alpha = check_range(
-            "FocalLoss", "alpha", alpha, 0, 1, "model.loss.classification.alpha"
-        )
+        check_range("FocalLoss", "alpha", alpha, 0, 1, "model.loss.classification.alpha")
         check_range("FocalLoss", "gamma", gamma, 0, key="model.loss.classification.gamma")
         super().__init__(1 - alpha, gamma)
+        self.alpha = alpha
 
     def positive_term(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Loss of logits at the class of a positive, (S,)."""

@@ -69,12 +69,6 @@ class DenseLoss:
         ):
             check_choice("DenseLoss", name, value, choices, f"model.loss.{name}")
         check_integer("DenseLoss", "num_classes", num_classes, 1, "model.num_classes")
-        check_range(
-            "DenseLoss", "box_loss_weight", box_loss_weight, 0, key="model.loss.box_loss_weight"
-        )
-        check_range(
-            "DenseLoss", "smooth_l1_beta", smooth_l1_beta, 0, key="model.loss.smooth_l1_beta"
-        )
         self.box2box_transform = box2box_transform
         self.num_classes = num_classes
         self.classification = FocalLoss() if classification is None else classification
@@ -84,6 +78,8 @@ class DenseLoss:
         self.box_weighting = box_weighting
         self.class_normalizer = class_normalizer
         self.smooth_l1_beta = smooth_l1_beta
+        for name in ("box_loss_weight", "smooth_l1_beta"):
+            check_range("DenseLoss", name, getattr(self, name), 0, key=f"model.loss.{name}")
 
     def __call__(
         self, predictions: DensePredictions, anchors: AnchorGrid, targets: Targets

@@ -68,27 +68,20 @@ def detect_in_graph(
         N `Detections`, by falling score.
     """
     predictions, anchors, image_sizes, decode = inputs
-    num_anchors = predictions.num_anchors
-    logits = [flatten_level(level, num_anchors) for level in predictions.logits]
-    deltas = [flatten_level(level, num_anchors) for level in predictions.deltas]
-    quality: List[Optional[Tensor]] = [None] * len(logits)
+    maps = [predictions.logits, predictions.deltas]
     if predictions.quality is not None:
-        quality = [flatten_level(level, num_anchors) for level in predictions.quality]
+        maps.append(predictions.quality)
+    levels = [
+        [flatten_level(values, predictions.num_anchors) for values in level] for level in zip(*maps)
+    ]  # of each level logits (N, Ri, K), deltas (N, Ri, 4) and maybe quality (N, Ri, 1)
 
     results = []
     for i, (height, width) in enumerate(image_sizes):
-        levels = [
-            _select_candidates(
-                logits[j][i],
-                deltas[j][i],
-                None if quality[j] is None else quality[j][i],
-                level_anchors.tensor,
-                decode,
-                settings,
-            )
-            for j, level_anchors in enumerate(anchors)
+        found = [
+            _select_candidates(settings, decode, boxes.tensor, *(values[i] for values in level))
+            for boxes, level in zip(anchors, levels)
         ]
-        boxes, scores, classes = (torch.cat(parts) for parts in zip(*levels))
+        boxes, scores, classes = (torch.cat(parts) for parts in zip(*found))
         boxes = _clip(boxes, height, width)
         # A box wholly outside has no area left, and NMS would never remove it.
         is_inside = (boxes[:, 2:] > boxes[:, :2]).all(dim=1)
@@ -104,22 +97,21 @@ def detect_in_graph(
 
 
 def _select_candidates(
+    settings: DetectionSettings,
+    decode: Decode,
+    anchors: Tensor,
     logits: Tensor,
     deltas: Tensor,
-    quality: Optional[Tensor],
-    anchors: Tensor,
-    decode: Decode,
-    settings: DetectionSettings,
+    quality: Optional[Tensor] = None,
 ) -> Tuple[Tensor, Tensor, Tensor]:
     """Best predictions of one level of one image: boxes, scores, classes.
 
     Args:
+        settings, decode: of the selection.
+        anchors: (Ri, 4) xyxy in pixels.
         logits: (Ri, K) class logits.
         deltas: (Ri, 4).
         quality: (Ri, 1) logits or None.
-        anchors: (Ri, 4) xyxy in pixels.
-        decode: see `SelectionInputs`.
-        settings: of the selection.
     """
     num_classes = logits.shape[1]
     # Compare before quality multiplies in: a low one should re-rank a box, not remove it.
