@@ -10,7 +10,8 @@ from typing import Dict, Iterator, Tuple
 import numpy as np
 import pytest
 import torch
-from atss.anchors import AnchorGrid, GridAnchorGenerator, octave_sizes
+from atss.anchor_grid import AnchorGrid
+from atss.anchors import GridAnchorGenerator, octave_sizes
 from atss.assigners import ATSSAssigner, assign_all_anchors
 from atss.backbone import resnet_fpn
 from atss.box_regression import Box2BoxTransform

@@ -7,6 +7,7 @@ from typing import Dict, List, Sequence
 
 import torch
 from atss.model_zoo import get_config
+from atss.postprocessing import SelectionInputs
 from atss.predictions import DensePredictions
 from atss.targets import Targets, label_anchors
 from omegaconf import DictConfig
@@ -65,4 +66,4 @@ class ATSSParts:
         predictions = DensePredictions(logits, deltas, centerness, self._grid.num_cell_anchors)
         image_sizes = [self._image_size] * len(logits[0])
         decode = self.transform.apply_deltas
-        return self._selector(predictions, self.anchors, image_sizes, decode)
+        return self._selector(SelectionInputs(predictions, self.anchors, image_sizes, decode))
