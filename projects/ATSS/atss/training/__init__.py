@@ -1,6 +1,6 @@
 """Training runs: command line, processes, configs of both kinds, one step, whole runs."""
 
-from .command_line import add_import_argument, import_modules, run, training_parser
+from .command_line import import_modules, run, run_here, tool_parser, training_parser
 from .configs import (
     choose_data,
     find_config,
@@ -21,7 +21,6 @@ from .runs import (
 from .setup import set_up_run
 
 __all__ = [
-    "add_import_argument",
     "autocast_dtype",
     "build_model",
     "choose_data",
@@ -36,8 +35,10 @@ __all__ = [
     "make_checkpointer",
     "make_grad_scaler",
     "run",
+    "run_here",
     "say_if_finished",
     "set_up_run",
+    "tool_parser",
     "train_lazy",
     "training_parser",
     "update_lazy_config",
