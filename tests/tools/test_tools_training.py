@@ -1,10 +1,7 @@
 """The training tools as a user runs them: real processes, real files, two small images a step."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +9,7 @@ import pytest
 import torch
 from atss.data import ToyShapesOptions
 from atss.data.toy_shapes import render_dataset, split_paths
-from conftest import REPO
+from conftest import REPO, run_tool
 
 TINY_LAZY = [
     "model.backbone.stem_out_channels=32", "model.backbone.norm=GN",
@@ -43,18 +40,6 @@ def data(tmp_path_factory):
         arguments += [f"--{split}-json", str(paths.json_file), f"--{split}-images"]
         arguments += [str(paths.image_root)]
     return arguments
-
-
-def run_tool(tool, arguments, cwd, ok=True, warnings="ignore"):
-    """Output of a tool, which must succeed, or fail, as expected."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": warnings}
-    process = subprocess.run(
-        [sys.executable, str(REPO / "tools" / f"{tool}.py"), *map(str, arguments)],
-        cwd=cwd, env=environment, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-    output = process.stdout + process.stderr
-    assert (process.returncode == 0) == ok, output[-3000:]
-    return output
 
 
 def arguments_for(tool, output, data, max_iter, *overrides):
