@@ -1,31 +1,24 @@
 """Measurements as rows, tables, a plot and blocks of a page."""
 
 import re
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 from _markdown import markdown_table
+from matplotlib.figure import Figure
 
 from .cases import Case
 from .timing import Timing
 
 
 def row(case: Case, timings: Dict[str, Timing]) -> Dict[str, Any]:
-    """One case with its timings as plain values, times in milliseconds."""
+    """One case with its timings as plain values."""
     return {
         "part": case.part,
         "settings": case.settings,
         "unit_bytes": case.unit_bytes,
-        "contestants": {
-            name: {
-                "min_ms": timing.minimum * 1e3,
-                "median_ms": timing.median * 1e3,
-                "peak_bytes": timing.peak_bytes,
-                "rounds": timing.rounds,
-                "outside_convolution": timing.outside_convolution,
-            }
-            for name, timing in timings.items()
-        },
+        "contestants": {name: asdict(timing) for name, timing in timings.items()},
     }
 
 
@@ -112,11 +105,6 @@ def _memory(peak: Optional[int], unit: int = 0) -> str:
 
 def plot(path: Path, rows: Sequence[Dict[str, Any]]) -> None:
     """Time over objects, image size and classes, as a PNG; panels without data are left out."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     assign = {"images": 1, "A": 1}
     loss = {"images": min(_values(rows, "loss", "images"), default=None)}
     panels = [
@@ -130,9 +118,8 @@ def plot(path: Path, rows: Sequence[Dict[str, Any]]) -> None:
     if not series:
         part = rows[0]["part"]
         series = [(part, "case", _series(rows, part, "case", {}))]
-    figure, axes = pyplot.subplots(
-        1, len(series), figsize=(4.2 * len(series), 3.6), squeeze=False, layout="constrained"
-    )
+    figure = Figure((4.2 * len(series), 3.6), layout="constrained")
+    axes = figure.subplots(1, len(series), squeeze=False)
     labels = {"pixels": "megapixels of the image", "objects": "objects of the image"}
     for axis, (part, key, points) in zip(axes[0], series):
         for name in dict.fromkeys(name for _, times in points for name in times):
@@ -144,7 +131,6 @@ def plot(path: Path, rows: Sequence[Dict[str, Any]]) -> None:
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8)
     figure.savefig(path, dpi=110)
-    pyplot.close(figure)
 
 
 def _series(
