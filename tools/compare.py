@@ -167,7 +167,7 @@ def compare_proposals(args: argparse.Namespace) -> List[Dict[str, Any]]:
     for name in ("RPN", "ATSS"):
         cfg = load_lazy_config(config_file("toy/faster_rcnn_atss_toy"))
         if name == "RPN":
-            use_rpn(cfg)
+            cfg.model.proposal_generator = rpn(cfg.model.proposal_generator.selector)
         cfg.dataloader.train.total_batch_size = args.batch_size
         cfg.train.max_iter = args.iterations
         cfg.train.eval_period = 0
@@ -188,14 +188,6 @@ def compare_proposals(args: argparse.Namespace) -> List[Dict[str, Any]]:
         rows[-1]["minutes"] = round(minutes, 1)
         write_results(rows, args)
     return rows
-
-
-def use_rpn(cfg: DictConfig) -> None:
-    """Put Detectron2's RPN in place of ATSS, with as many proposals."""
-    selector = cfg.model.proposal_generator.selector
-    cfg.model.proposal_generator = rpn(
-        list(selector.pre_nms_topk), list(selector.post_nms_topk), selector.nms_thresh
-    )
 
 
 def proposal_recall(cfg: DictConfig, model: nn.Module) -> Dict[str, float]:

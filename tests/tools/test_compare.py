@@ -83,7 +83,7 @@ def test_first_stages_differ_in_nothing_else(trained, tmp_path):
 def test_rpn_proposes_as_many_boxes_as_atss():
     cfg = get_config("toy/faster_rcnn_atss_toy")
     selector = cfg.model.proposal_generator.selector
-    compare.use_rpn(cfg)
+    cfg.model.proposal_generator = compare.rpn(selector)
     rpn = instantiate(cfg.model).proposal_generator
     assert rpn.pre_nms_topk == {True: selector.pre_nms_topk[0], False: selector.pre_nms_topk[1]}
     assert rpn.post_nms_topk == {True: selector.post_nms_topk[0], False: selector.post_nms_topk[1]}
