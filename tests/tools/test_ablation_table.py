@@ -152,7 +152,7 @@ def test_run_with_other_settings_is_another_run_unless_they_have_no_effect(overr
     assert (fingerprint(changed) == fingerprint(toy_config(k3, TINY))) == is_same
 
 
-def test_runs_are_shared_seeded_and_not_repeated(tmp_path, monkeypatch):
+def test_runs_are_shared_seeded_and_not_repeated(tmp_path, monkeypatch, capsys):
     trained = []
 
     def train(cfg):
@@ -161,20 +161,21 @@ def test_runs_are_shared_seeded_and_not_repeated(tmp_path, monkeypatch):
 
     monkeypatch.setattr(toy_runs, "train_lazy", train)
     monkeypatch.setattr(toy_runs, "register_toy_shapes", lambda: None)
-    rows, said = rows_named("topk/k3", "topk/k9", "retinanet_a1_atss"), []
-    results = run_rows(rows, TINY, [1, 2], tmp_path, say=said.append)
+    rows = rows_named("topk/k3", "topk/k9", "retinanet_a1_atss")
+    results = run_rows(rows, TINY, [1, 2], tmp_path)
     assert [entry[:2] for entry in trained] == [(3, 1), (9, 1), (3, 2), (9, 2)]
     assert results["ablations/topk/k9"] == results["ablations/sample_selection/retinanet_a1_atss"]
     # A model that finds nothing has AP 0, not NaN.
     assert [run["bbox"]["AP"] for run in results["ablations/topk/k3"]] == [20.0, 0.0]
-    assert "3 rows, 4 different runs, 4 of them still to train." in said[0]
+    said = capsys.readouterr().out
+    assert said.startswith("3 rows, 4 different runs, 4 of them still to train.\n[1/4] ")
 
     os.remove(f"{trained[0][2]}/result.json")  # as if it had been interrupted
-    again = run_rows(rows, TINY, [1, 2], tmp_path, say=said.append)
+    again = run_rows(rows, TINY, [1, 2], tmp_path)
     assert len(trained) == 5 and trained[-1] == trained[0]
     assert again.keys() == results.keys()
     other = Settings(size="tiny", iterations=3)
-    run_rows(rows[:1], other, [1], tmp_path, say=said.append)
+    run_rows(rows[:1], other, [1], tmp_path)
     assert len(trained) == 6  # other conditions are another run
 
 

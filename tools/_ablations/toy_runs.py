@@ -5,7 +5,6 @@ The parts of the model that the four axes switch are the row's; all the rest is
 """
 
 import contextlib
-import functools
 import hashlib
 import json
 import math
@@ -16,7 +15,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, Sequence, Tuple
+from typing import Any, Dict, Iterator, List, Sequence, Tuple
 
 import torch
 from atss.data import register_toy_shapes
@@ -126,7 +125,6 @@ def run_rows(
     seeds: Sequence[int],
     output: Path,
     workers: int = 1,
-    say: Callable[[str], None] = functools.partial(print, flush=True),
 ) -> Dict[str, List[Dict[str, Any]]]:
     """Train each row with each seed; runs that exist already are not repeated.
 
@@ -138,7 +136,6 @@ def run_rows(
         seeds: one run for each.
         output: folder with one folder per run, whose `result.json` is written last.
         workers: runs at a time.
-        say: takes a line about progress.
 
     Returns:
         Name of the row -> results in the order of the seeds: "bbox" with AP, "seconds",
@@ -153,11 +150,12 @@ def run_rows(
         (row, seed, output / f"{mark}_seed{seed}") for seed in seeds for mark, row in first.items()
     ]
     missing = [job for job in jobs if not (job[2] / "result.json").is_file()]
-    say(f"{len(rows)} rows, {len(jobs)} different runs, {len(missing)} of them still to train.")
+    print(f"{len(rows)} rows, {len(jobs)} different runs, {len(missing)} of them still to train.")
     for number, result in enumerate(_train(missing, settings, workers), start=1):
-        say(
+        print(
             f"[{number}/{len(missing)}] {result['row']}, seed {result['seed']}: "
-            f"AP {result['bbox']['AP']:.1f} in {result['seconds']:.0f} s"
+            f"AP {result['bbox']['AP']:.1f} in {result['seconds']:.0f} s",
+            flush=True,
         )
     return {
         name: [
