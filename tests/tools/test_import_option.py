@@ -1,10 +1,10 @@
 """`--import`: every tool that reads a config takes modules of your own, before it reads it."""
 
-import json
 import runpy
 
 import pytest
 from conftest import REPO, run_tool
+from test_tools_training import TINY_YAML
 
 ARGUMENTS = {
     "ablation_table": ["--list"],
@@ -52,15 +52,21 @@ def test_module_that_is_not_there_is_named_before_anything_else(
     assert said.count("\n") <= 1 and not list(tmp_path.iterdir())
 
 
-def test_part_of_your_own_is_exported_with_its_own_keys(tmp_path):
+@pytest.mark.parametrize(
+    "tool, options, overrides",
+    [
+        ("export_model", ["--random-weights", "--format", "torchscript", "--output", "a.pt"], []),
+        ("train_net", [], [*TINY_YAML, "SOLVER.MAX_ITER", "1", "OUTPUT_DIR", "out"]),
+    ],
+)
+def test_part_of_your_own_is_imported_and_takes_its_own_keys(tool, options, overrides, tmp_path):
     (tmp_path / "my_rule.py").write_text(MY_RULE)
-    config = ["--config-file", REPO / "configs/toy/atss_toy.yaml", "--random-weights"]
-    output = ["--format", "torchscript", "--size", "64", "64", "--output", tmp_path / "a.pt"]
+    config = ["--config-file", REPO / "configs/toy/atss_toy.yaml", "--import", "my_rule"]
     name = "MODEL.ATSS.ASSIGNER"
     keys = [f"{name}.NAME", "MyRule", f"{name}.MY_KEY", "3"]
-    text = run_tool("export_model", [*config, *output, "--import", "my_rule", *keys], tmp_path)
+    text = run_tool(tool, [*config, *options, *keys, *overrides], tmp_path)
     assert "my key is 3" in text
-    assert json.loads((tmp_path / "a.pt.json").read_text())["file"] == "a.pt"
+    assert (tmp_path / ("a.pt.json" if options else "out/model_final.pth")).exists()
 
 
 def test_processes_that_train_rows_import_it_too(tmp_path):
