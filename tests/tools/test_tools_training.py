@@ -4,6 +4,7 @@ import json
 import shutil
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -246,24 +247,15 @@ def test_demo_leaves_pictures_and_checkpoint(tmp_path):
         tmp_path,
     )  # fmt: skip
     assert "AP50" in text and "Try next" in text
-    for name in (
-        "detections.png",
-        "positives.png",
-        "curves.png",
-        "metrics.json",
-        "model_final.pth",
-    ):
+    pictures = ["detections.png", "positives.png", "curves.png"]
+    for name in (*pictures, "metrics.json", "model_final.pth"):
         assert (tmp_path / "demo" / name).stat().st_size > 0, name
 
 
 def test_assignments_of_own_images_are_drawn(data, tmp_path):
-    run_tool(
-        "visualize_assignments",
-        ["--json", data[5], "--images", data[7], "--rules", "atss", "iou", "--output", "a.png"],
-        tmp_path,
-    )
-    import cv2
-
+    tool = "visualize_assignments"
+    options = ["--rules", "atss", "iou", "--output", "a.png"]
+    run_tool(tool, ["--json", data[5], "--images", data[7], *options], tmp_path)
     assert cv2.imread(str(tmp_path / "a.png")).shape[0] > 2 * 64
     large = tmp_path / "large"
     large.mkdir()
@@ -276,9 +268,7 @@ def test_assignments_of_own_images_are_drawn(data, tmp_path):
     content["annotations"] = [a for a in content["annotations"] if a["image_id"] == first]
     (tmp_path / "large.json").write_text(json.dumps(content))
     options = ["--rules", "atss", "--levels", "2", "--output", "b.png"]
-    run_tool(
-        "visualize_assignments", ["--json", "large.json", "--images", large, *options], tmp_path
-    )
+    run_tool(tool, ["--json", "large.json", "--images", large, *options], tmp_path)
     assert cv2.imread(str(tmp_path / "b.png")).shape[1] == 2 * 640 + 4
-    text = run_tool("visualize_assignments", ["--json", data[5]], tmp_path, ok=False)
+    text = run_tool(tool, ["--json", data[5]], tmp_path, ok=False)
     assert "--json and --images need each other" in text
