@@ -4,6 +4,8 @@ import contextlib
 import json
 import logging
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Dict, Iterator, Tuple
 
@@ -198,3 +200,15 @@ def make_input(height=64, width=96, boxes=(), classes=()):
         "height": height,
         "width": width,
     }
+
+
+def run_tool(tool, arguments, cwd, ok=True, warnings="ignore"):
+    """Output of a tool in a process of its own, which must succeed, or fail, as expected."""
+    process = subprocess.run(
+        [sys.executable, str(REPO / "tools" / f"{tool}.py"), *map(str, arguments)],
+        cwd=cwd, env={**os.environ, "PYTHONWARNINGS": warnings}, capture_output=True, text=True,
+        timeout=300,
+    )  # fmt: skip
+    output = process.stdout + process.stderr
+    assert (process.returncode == 0) == ok, output[-3000:]
+    return output
