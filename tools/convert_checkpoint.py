@@ -9,6 +9,7 @@ from typing import Dict, List, Optional
 
 import _quiet  # noqa: F401
 from atss.checkpoint import (
+    IS_OPTIONAL,
     OVERRIDES_KEY,
     CheckpointError,
     convert_checkpoint,
@@ -113,6 +114,10 @@ def compare(weights: Dict, model: Dict[str, tuple], config: str, source: str) ->
     Raises:
         CheckpointError: if something does not; backbones may lack the head.
     """
+    weights, model = (
+        {name: value for name, value in side.items() if not IS_OPTIONAL.fullmatch(name)}
+        for side in (weights, model)
+    )
     missing = sorted(set(model) - set(weights))
     extra = sorted(set(weights) - set(model))
     conflicts = [
