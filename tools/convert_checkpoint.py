@@ -10,6 +10,7 @@ from typing import Dict, List, Optional
 import _quiet  # noqa: F401
 import torch
 from atss.checkpoint import (
+    IS_OPTIONAL,
     OVERRIDES_KEY,
     CheckpointError,
     convert_checkpoint,
@@ -114,6 +115,10 @@ def compare(weights: Dict[str, Tensor], model: Dict[str, Tensor], config: str) -
     Raises:
         CheckpointError: if something does not; backbones may lack the head.
     """
+    weights, model = (
+        {name: value for name, value in side.items() if not IS_OPTIONAL.fullmatch(name)}
+        for side in (weights, model)
+    )
     missing = sorted(set(model) - set(weights))
     extra = sorted(set(weights) - set(model))
     conflicts = [
