@@ -97,6 +97,7 @@ def compare_detectors(args: argparse.Namespace) -> List[Dict[str, Any]]:
     rows = []
     for name, cfg in configs.items():
         print(f"{name}:", flush=True)
+        cfg.train.seed = args.seed  # of the order of images
         OmegaConf.resolve(cfg.dataloader)  # its images are read as model.input_format says
         cfg.model = _DETECTORS[name](cfg.model)
         torch.manual_seed(args.seed)

@@ -118,18 +118,10 @@ def test_eval_only_with_resume_takes_the_last_checkpoint_or_says_there_is_none(
 
 
 def test_two_processes_equal_one_with_the_same_global_batch(data, tmp_path):
-    # Without flips: processes draw different random numbers. The sampler deals images in turn, so
-    # two workers of one image see the batches of one worker of two.
-    sampler = "dataloader.train.sampler"
     overrides = [
-        "dataloader.train.mapper.augmentations.1.prob=0.0",
         "train.seed=3",
         "train.checkpointer.period=100",
-        "dataloader.train.aspect_ratio_grouping=False",
         "optimizer._target_=torch.optim.SGD",
-        f"{sampler}._target_=detectron2.data.samplers.TrainingSampler",
-        f"{sampler}.size=10",
-        f"{sampler}.seed=5",
         f"train.init_checkpoint={tmp_path / 'initial.pth'}",
     ]
     cfg = load_lazy_config(

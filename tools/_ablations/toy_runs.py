@@ -92,7 +92,6 @@ def toy_config(row: Row, settings: Settings) -> DictConfig:
     overrides = [
         "train.eval_period=0",  # once, at the end
         "train.checkpointer.period=1000000",
-        # In the main process: workers would draw other augmentations, depending on their number.
         "dataloader.train.num_workers=0",
         "dataloader.test.num_workers=0",
         *SIZES[settings.size],
