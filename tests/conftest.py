@@ -4,13 +4,16 @@ import contextlib
 import json
 import logging
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Dict, Iterator, Tuple
 
 import numpy as np
 import pytest
 import torch
-from atss.anchors import AnchorGrid, GridAnchorGenerator, octave_sizes
+from atss.anchor_grid import AnchorGrid
+from atss.anchors import GridAnchorGenerator, octave_sizes
 from atss.assigners import ATSSAssigner, assign_all_anchors
 from atss.backbone import resnet_fpn
 from atss.box_regression import Box2BoxTransform
@@ -197,3 +200,15 @@ def make_input(height=64, width=96, boxes=(), classes=()):
         "height": height,
         "width": width,
     }
+
+
+def run_tool(tool, arguments, cwd, ok=True, warnings="ignore"):
+    """Output of a tool in a process of its own, which must succeed, or fail, as expected."""
+    process = subprocess.run(
+        [sys.executable, str(REPO / "tools" / f"{tool}.py"), *map(str, arguments)],
+        cwd=cwd, env={**os.environ, "PYTHONWARNINGS": warnings}, capture_output=True, text=True,
+        timeout=300,
+    )  # fmt: skip
+    output = process.stdout + process.stderr
+    assert (process.returncode == 0) == ok, output[-3000:]
+    return output

@@ -38,11 +38,11 @@ from atss.export import (
 )
 from atss.model_zoo import config_file, get_checkpoint_url
 from atss.training import (
-    add_import_argument,
     find_config,
     import_modules,
     load_lazy_config,
     load_yaml_config,
+    tool_parser,
 )
 from torch import nn
 
@@ -54,9 +54,7 @@ USER_ERRORS = (ImportError, NotImplementedError, OSError, TypeError, ValueError)
 
 
 def parse_arguments(argv: Optional[List[str]] = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = tool_parser(__doc__)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument(
         "--config-file", metavar="FILE", help="LazyConfig (.py), YAML config, or folder of a run"
@@ -97,7 +95,6 @@ def parse_arguments(argv: Optional[List[str]] = None) -> argparse.Namespace:
     parser.add_argument(
         "--check-image", metavar="FILE", help="image to compare on; synthetic ones by default"
     )
-    add_import_argument(parser)
     parser.add_argument(
         "opts",
         nargs=argparse.REMAINDER,

@@ -181,11 +181,11 @@ def test_override_may_change_what_constructors_take():
     overrides = [
         "model.anchor_generator.offset=0", "model.selector.nms_thresh=1", "model.box_offset=0.5",
         "train.tta.min_sizes=[64]", "model.head.bbox_bias=null", "model.loss.smooth_l1_beta=1",
-        "dataloader.train.sampler._target_=detectron2.data.samplers.TrainingSampler",
-        "dataloader.train.sampler.size=10",
+        "dataloader.train.sampler=RandomSubsetTrainingSampler",
+        "dataloader.train.subset_ratio=0.5",
     ]  # fmt: skip
     cfg = load_lazy_config(LAZY[0], overrides)
-    assert cfg.model.box_offset == 0.5 and cfg.dataloader.train.sampler.size == 10
+    assert cfg.model.box_offset == 0.5 and cfg.dataloader.train.subset_ratio == 0.5
 
 
 def test_unknown_argument_of_the_model_is_a_sentence():

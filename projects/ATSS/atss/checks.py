@@ -41,13 +41,12 @@ def check_range(
     key: str = "",
     ends: str = "[]",
 ) -> float:
-    """A number in an interval; NaN and `True` and `False` are in none.
+    """A finite number in an interval; `True` and `False` are none.
 
     Args:
         owner, name, value, key: see above.
         low, high: bounds of the interval; either may be infinite.
-        ends: "[" or "(" and "]" or ")", as in mathematics: a square bracket includes its bound. So
-            "[)" with `high` of infinity refuses infinity.
+        ends: "[" or "(" and "]" or ")", as in mathematics: a square bracket includes its bound.
 
     Example:
         >>> check_range("ATSSHead", "prior_prob", 0.01, 0, 1, "model.head.prior_prob", ends="()")
@@ -55,20 +54,20 @@ def check_range(
         >>> check_range("ATSSHead", "prior_prob", 1.0, 0, 1, "model.head.prior_prob", ends="()")
         Traceback (most recent call last):
         ValueError: ATSSHead needs prior_prob in (0, 1), got 1.0. Change model.head.prior_prob.
-        >>> check_range("DenseLoss", "focal_gamma", -2, 0, key="model.loss.focal_gamma")
+        >>> check_range("DenseLoss", "smooth_l1_beta", -2, 0, key="model.loss.smooth_l1_beta")
         Traceback (most recent call last):
-        ValueError: DenseLoss needs focal_gamma >= 0, got -2. Change model.loss.focal_gamma.
+        ValueError: DenseLoss needs a finite smooth_l1_beta >= 0, got -2. Change
+            model.loss.smooth_l1_beta.
     """
-    is_number = isinstance(value, Real) and not isinstance(value, bool)
-    is_inside = is_number and (
-        (low < value or (ends[0] == "[" and value == low))
-        and (value < high or (ends[1] == "]" and value == high))
-    )
-    if not is_inside:
-        bounds = f"in {ends[0]}{low}, {high}{ends[1]}"
-        if high == math.inf and ends[1] == "]":
-            bounds = f"{'>=' if ends[0] == '[' else '>'} {low}"
-        raise _error(f"{owner} needs {name} {bounds}, got {value!r}.", key)
+    is_number = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    is_above = is_number and (low < value or (ends[0] == "[" and value == low))
+    if not (is_above and (value < high or (ends[1] == "]" and value == high))):
+        needed = f"{name} in {ends[0]}{low}, {high}{ends[1]}"
+        if high == math.inf:
+            needed = f"a finite {name}"
+            if low > -math.inf:
+                needed += f" {'>=' if ends[0] == '[' else '>'} {low}"
+        raise _error(f"{owner} needs {needed}, got {value!r}.", key)
     return value
 
 

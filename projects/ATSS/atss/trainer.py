@@ -18,7 +18,8 @@ from detectron2.solver.build import maybe_add_gradient_clipping
 from detectron2.utils import comm
 
 from .checks import check_choice
-from .data import NamingMapper, load_dataset_dicts
+from .data import NamingMapper, build_train_loader, load_dataset_dicts
+from .data.loader import SAMPLERS
 from .optimizer import get_optimizer_params
 from .training import build_model, evaluate_checkpoint, load_for_training, make_checkpointer
 from .training.evaluation import Results, evaluate_with_tta
@@ -115,14 +116,28 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode):
-        """Detectron2's loader over checked ground truth."""
+        """Loader over checked ground truth; Detectron2's for samplers that only it has."""
         dataset = load_dataset_dicts(
             cfg.DATASETS.TRAIN,
             get_setting(cfg, "num_classes"),
             cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
             cfg.MODEL.MASK_ON,
         )
-        return build_detection_train_loader(cfg, dataset=dataset, mapper=NamingMapper(cfg, True))
+        mapper, loading = NamingMapper(cfg, True), cfg.DATALOADER
+        if loading.SAMPLER_TRAIN not in SAMPLERS:
+            return build_detection_train_loader(cfg, dataset=dataset, mapper=mapper)
+        return build_train_loader(
+            dataset,
+            mapper,
+            total_batch_size=cfg.SOLVER.IMS_PER_BATCH,
+            num_workers=loading.NUM_WORKERS,
+            aspect_ratio_grouping=loading.ASPECT_RATIO_GROUPING,
+            sampler=loading.SAMPLER_TRAIN,
+            repeat_threshold=loading.REPEAT_THRESHOLD,
+            repeat_sqrt=loading.REPEAT_SQRT,
+            subset_ratio=loading.RANDOM_SUBSET_RATIO,
+            seed=cfg.SEED,
+        )
 
     @classmethod
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str):

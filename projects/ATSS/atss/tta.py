@@ -16,11 +16,12 @@ from detectron2.config import configurable
 from detectron2.data.detection_utils import read_image
 from detectron2.data.transforms import ResizeShortestEdge
 from detectron2.modeling.postprocessing import detector_postprocess
-from detectron2.structures import Boxes, Instances
+from detectron2.structures import Instances
 from detectron2.utils.file_io import PathManager
 
 from .checks import check_choice
-from .postprocessing.eager import Detections, suppress
+from .postprocessing import Detections
+from .postprocessing.eager import suppress
 from .postprocessing.voting import vote_boxes
 
 
@@ -230,7 +231,7 @@ class ATSSWithTTA(nn.Module):
         if view.flip:
             x1, y1, x2, y2 = boxes.unbind(dim=1)
             boxes = torch.stack((size[1] - x2, y1, size[1] - x1, y2), dim=1)
-        result = _make_instances(size, boxes, found.scores, found.pred_classes)
+        result = Detections(boxes, found.scores, found.pred_classes).to_instances(size)
         low, high = view.size_range
         box_sizes = result.pred_boxes.area().sqrt()
         result = result[(box_sizes >= low) & (box_sizes <= high)]
@@ -241,20 +242,13 @@ class ATSSWithTTA(nn.Module):
         joined = Instances.cat(found)
         candidates = Detections(joined.pred_boxes.tensor, joined.scores, joined.pred_classes)
         if self.merge == "nms":
-            keep = suppress(candidates, self.nms_thresh, self.max_detections)
-            merged = Detections(*(part[keep] for part in candidates))
+            merged = suppress(candidates, self.nms_thresh, self.max_detections)
         else:
             is_soft = self.merge == "soft-vote"
             merged = vote_boxes(candidates, self.vote_thresh, is_soft, self.soft_score_thresh)
             if self.max_detections >= 0:
-                merged = Detections(*(part[: self.max_detections] for part in merged))
-        return _make_instances(joined.image_size, *merged)
-
-
-def _make_instances(
-    image_size: Tuple[int, int], boxes: Tensor, scores: Tensor, classes: Tensor
-) -> Instances:
-    return Instances(image_size, pred_boxes=Boxes(boxes), scores=scores, pred_classes=classes)
+                merged = merged.at(slice(self.max_detections))
+        return merged.to_instances(joined.image_size)
 
 
 def _view_image(image: Tensor, original: Optional[np.ndarray], view: View) -> Tensor:

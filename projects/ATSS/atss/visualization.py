@@ -13,7 +13,7 @@ import torch
 
 from detectron2.structures import Boxes
 
-from .anchors import AnchorGrid
+from .anchor_grid import AnchorGrid
 from .assigners import Assignment
 from .geometry import box_centers
 

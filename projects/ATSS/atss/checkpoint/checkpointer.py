@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 _CLASS_NAMES_KEY = "class_names"  # of a checkpoint that names its classes
 # Names that weights may lack or have in excess: settings, counters, what Detectron2 once stored.
-_IS_OPTIONAL = re.compile(
+IS_OPTIONAL = re.compile(
     rf"(.*\.)?({STATE_KEY}|num_batches_tracked)|pixel_(mean|std)|.*anchor_generator\.cell_anchors.*"
 )
 
@@ -115,7 +115,7 @@ class ATSSCheckpointer(DetectionCheckpointer):
             checkpoint["model"] = override_model(self.model, overrides, weights)
         found = [re.sub(r"^module\.", "", name) for name in checkpoint["model"]]
         is_translated = checkpoint.get("matching_heuristics", False)
-        needed = [name for name in self.model.state_dict() if not _IS_OPTIONAL.fullmatch(name)]
+        needed = [name for name in self.model.state_dict() if not IS_OPTIONAL.fullmatch(name)]
         incompatible = super()._load_model(checkpoint)
         wrong_shape = [name for name, *_ in incompatible.incorrect_shapes]
         # Batch norms put what they miss into the dict while loading, so look at the file as well.
@@ -133,7 +133,7 @@ class ATSSCheckpointer(DetectionCheckpointer):
                 "missing": [n for n in needed if n in missing],
                 "of another shape": wrong_shape,
                 "unknown to the model": [
-                    n for n in incompatible.unexpected_keys if not _IS_OPTIONAL.fullmatch(n)
+                    n for n in incompatible.unexpected_keys if not IS_OPTIONAL.fullmatch(n)
                 ],
             },
             self._allow_partial,
@@ -187,7 +187,7 @@ def _check_fit(model: Dict[str, Tensor], weights: Dict[str, Tensor], filename: s
         "of another shape": [
             n for n in weights if n in model and weights[n].shape != model[n].shape
         ],
-        "missing": [n for n in needed_names if n not in weights and not _IS_OPTIONAL.fullmatch(n)],
+        "missing": [n for n in needed_names if n not in weights and not IS_OPTIONAL.fullmatch(n)],
     }
     if any(unfit.values()):
         raise CheckpointError(

@@ -12,6 +12,7 @@ A training tool needs a few lines, for any data::
 from .classes import common_classes
 from .coco_json import CocoSummary, check_coco_json
 from .dataset_dicts import check_dataset_dicts, load_dataset_dicts
+from .loader import TrainLoader, build_train_loader
 from .mapper import NamingMapper, coco_evaluator
 from .registration import (
     Datasets,
@@ -28,7 +29,9 @@ __all__ = [
     "Datasets",
     "NamingMapper",
     "ToyShapesOptions",
+    "TrainLoader",
     "add_dataset_arguments",
+    "build_train_loader",
     "check_coco_json",
     "check_dataset_dicts",
     "coco_evaluator",

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from detectron2.evaluation import inference_context
 
 from ..detector import ATSSDetector
+from ..postprocessing import SelectionInputs
 from .formats import FORMATS, RunFile
 from .matching import Difference, Suppression, match_detections
 from .modules import STAGES, ImageSize, detect_as_tensors, join_images, raw_heads_as_tensors
@@ -163,9 +164,8 @@ def _eager_outputs(model: nn.Module, images: Tensor, stage: str) -> Tuple[Tensor
     predictions, anchors = core.head(feature_list), core.anchor_generator(feature_list)
     if stage == "raw heads":
         return raw_heads_as_tensors(core, predictions, [level.tensor for level in anchors])
-    return join_images(
-        core.selector.candidates(predictions, anchors, batch.image_sizes, core.decode)
-    )
+    inputs = SelectionInputs(predictions, anchors, batch.image_sizes, core.decode)
+    return join_images(core.selector.candidates(inputs))
 
 
 def _compare_features(expected: Sequence[Tensor], found: Sequence[Tensor]) -> Difference:

@@ -18,8 +18,8 @@ from detectron2.modeling import GeneralizedRCNN
 
 import atss
 
+from ..backbone import padding_rule
 from ..data.toy_shapes import ToyShapesOptions
-from ..detector import padding_rule
 from .modules import ImageSize, PathLike, output_names
 
 Config = Union[DictConfig, CfgNode]

@@ -14,9 +14,11 @@ from torch.nn import functional as F
 from detectron2.modeling import GeneralizedRCNN
 from detectron2.structures import Instances
 
-from ..anchors import GraphBoxes
+from ..anchor_grid import GraphBoxes
+from ..backbone import padding_rule
 from ..checks import check_choice
-from ..detector import ATSSDetector, padding_rule
+from ..detector import ATSSDetector
+from ..postprocessing import SelectionInputs
 from ..postprocessing.traceable import ClassNMS, move_like, nms_per_class
 from ..predictions import DensePredictions, flatten_levels
 from ..proposal_generator import ATSS
@@ -75,14 +77,10 @@ class ExportableDetector(nn.Module):
         anchors = core.anchor_generator._grid_anchors(feature_list)
         if self.stage == "raw heads":
             return raw_heads_as_tensors(core, predictions, anchors)
-        results = core.selector.in_graph(
-            predictions,
-            [GraphBoxes(level) for level in anchors],
-            [(images.shape[-2], images.shape[-1]) for _ in images.unbind()],
-            core.decode,
-            self.nms,
-        )
-        return join_images(results)
+        boxes = [GraphBoxes(level) for level in anchors]
+        image_sizes = [(images.shape[-2], images.shape[-1]) for _ in images.unbind()]
+        inputs = SelectionInputs(predictions, boxes, image_sizes, core.decode)
+        return join_images(core.selector.in_graph(inputs, self.nms))
 
 
 def raw_heads_as_tensors(

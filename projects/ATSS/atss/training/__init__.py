@@ -3,7 +3,7 @@
 Configs of both kinds take the same way; `settings` and `configs` know what differs between them.
 """
 
-from .command_line import add_import_argument, import_modules, run, training_parser
+from .command_line import import_modules, run, run_here, tool_parser, training_parser
 from .configs import load_lazy_config, load_yaml_config, update_lazy_config
 from .evaluation import evaluate_checkpoint, evaluate_lazy
 from .loop import autocast_dtype, create_ddp_model, make_grad_scaler
@@ -14,7 +14,6 @@ from .settings import choose_data
 from .setup import set_up_run
 
 __all__ = [
-    "add_import_argument",
     "autocast_dtype",
     "build_model",
     "build_optimizer",
@@ -30,7 +29,9 @@ __all__ = [
     "make_checkpointer",
     "make_grad_scaler",
     "run",
+    "run_here",
     "set_up_run",
+    "tool_parser",
     "train_lazy",
     "training_parser",
     "update_lazy_config",

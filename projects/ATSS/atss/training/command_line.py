@@ -23,11 +23,31 @@ class UserMistake(Exception):
     """The sentence of an error that a user can fix; processes pass on its text, not its class."""
 
 
-def training_parser(description: str) -> argparse.ArgumentParser:
-    """Options of Detectron2's training tools, and those for your data."""
+def tool_parser(description: str, **options: Any) -> argparse.ArgumentParser:
+    """Parser of a tool that reads a config: with `--import`, for modules of your own.
+
+    Args:
+        description: docstring of the tool; shown as it is.
+        **options: of `argparse.ArgumentParser`.
+    """
     parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, **options
     )
+    parser.add_argument(
+        "--import",
+        dest="modules",
+        action="append",
+        default=[],
+        metavar="MODULE",
+        help="import your module first, such as one that registers parts; it lies in the current "
+        "folder or on PYTHONPATH",
+    )
+    return parser
+
+
+def training_parser(description: str) -> argparse.ArgumentParser:
+    """`tool_parser` with the options of Detectron2's training tools, and those for your data."""
+    parser = tool_parser(description)
     parser.add_argument("--config-file", required=True, metavar="FILE", help="config to use")
     parser.add_argument(
         "--resume", action="store_true", help="continue from the output folder's last checkpoint"
@@ -57,26 +77,12 @@ def training_parser(description: str) -> argparse.ArgumentParser:
         "a task for each process, e.g. timeout_min=1440,slurm_partition=gpu",
     )
     add_dataset_arguments(parser)
-    add_import_argument(parser)
     parser.add_argument(
         "opts",
         nargs=argparse.REMAINDER,
         help="config overrides: key=value for a LazyConfig, KEY VALUE pairs for YAML",
     )
     return parser
-
-
-def add_import_argument(parser: argparse.ArgumentParser) -> None:
-    """Give a tool the option for modules of your own."""
-    parser.add_argument(
-        "--import",
-        dest="modules",
-        action="append",
-        default=[],
-        metavar="MODULE",
-        help="import your module first, such as one that registers parts; it lies in the current "
-        "folder or on PYTHONPATH",
-    )
 
 
 def import_modules(names: Sequence[str]) -> None:
@@ -92,6 +98,20 @@ def import_modules(names: Sequence[str]) -> None:
             importlib.import_module(name)
         except ImportError as error:
             raise ValueError(f"--import {name}: {error}.") from error
+
+
+def run_here(main: Callable[[argparse.Namespace], Any], args: argparse.Namespace) -> None:
+    """Run a tool's `main` in this process, and exit with its result; mistakes end as in `run`.
+
+    Args:
+        main: of the tool.
+        args: of `tool_parser`.
+    """
+    try:
+        import_modules(args.modules)
+        sys.exit(main(args))
+    except _USER_ERRORS as error:
+        sys.exit(_sentence(error))
 
 
 def run(
