@@ -86,7 +86,16 @@ def test_interface_that_does_not_exist_is_named_with_its_rank():
     url = f"tcp://127.0.0.1:{free_port()}"
     machines = [
         start(
-            [*BASE, "--num-machines", "2", "--machine-rank", str(rank), "--dist-url", url, "report"],
+            [
+                *BASE,
+                "--num-machines",
+                "2",
+                "--machine-rank",
+                str(rank),
+                "--dist-url",
+                url,
+                "report",
+            ],
             GLOO_SOCKET_IFNAME="nowhere0",
         )
         for rank in range(2)

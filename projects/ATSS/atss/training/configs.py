@@ -13,6 +13,21 @@ from .saved_configs import find_config
 from .settings import Config, available_device
 
 
+def load_config(config_file: str, overrides: Sequence[str] = ()) -> Config:
+    """A config of either kind, by what its file is.
+
+    Args:
+        config_file: Python or YAML file, or the folder of a run.
+        overrides: as its kind takes them.
+
+    Raises:
+        FileNotFoundError, ValueError: see `load_lazy_config`, `load_yaml_config`.
+    """
+    config_file = find_config(config_file)
+    is_lazy = config_file.endswith(".py") or not _has_capital_keys(config_file)
+    return (load_lazy_config if is_lazy else load_yaml_config)(config_file, overrides)
+
+
 def load_lazy_config(config_file: str, overrides: Sequence[str] = ()) -> DictConfig:
     """A LazyConfig with overrides from the command line.
 

@@ -7,7 +7,7 @@ serves the CPU, and a process that was started by another program joins its job.
 import os
 import signal
 import socket
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any, Callable, Dict, Iterator, Mapping, NamedTuple, Optional, Tuple
 
@@ -48,7 +48,7 @@ def launched_place(environment: Optional[Mapping[str, str]] = None) -> Optional[
         environment: variables of the process, by default its own.
 
     Raises:
-        ValueError: for variables that contradict each other, or without MASTER_ADDR and MASTER_PORT.
+        ValueError: for variables that contradict each other, or an address that is missing.
     """
     environment = os.environ if environment is None else environment
     if not {"RANK", "WORLD_SIZE"} <= {*environment}:
@@ -235,10 +235,8 @@ def _passing_on_signals(pids) -> Iterator[None]:
 
     def pass_on(number: int, frame: Any) -> None:
         for pid in pids:
-            try:
+            with suppress(ProcessLookupError):
                 os.kill(pid, number)
-            except ProcessLookupError:
-                pass
 
     before = {number: signal.signal(number, pass_on) for number in STOP_SIGNALS}
     try:

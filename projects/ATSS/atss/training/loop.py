@@ -69,12 +69,12 @@ class StepTrainer(SimpleTrainer):
         model: training model, perhaps wrapped for data parallelism.
         data_loader: iterable over batches; one with `state_dict` resumes where it was.
         optimizer: of the model.
-        guard: what happens to a loss that is not finite.
-        stop: whether a signal asked for a stop.
         dtype: autocast type, None for full precision.
+        guard: what happens to a loss that is not finite; by default training stops.
 
     Attributes:
         report: of the last step, the same on every process.
+        stop: whether a signal asked this process for a stop.
     """
 
     def __init__(
@@ -82,16 +82,15 @@ class StepTrainer(SimpleTrainer):
         model: nn.Module,
         data_loader: Iterable,
         optimizer: torch.optim.Optimizer,
-        guard: NonFiniteGuard,
-        stop: Optional[StopRequest] = None,
         dtype: Optional[torch.dtype] = None,
+        guard: Optional[NonFiniteGuard] = None,
     ):
         super().__init__(model, data_loader, optimizer)
         self.dtype = dtype
         self.device_type = next(model.parameters()).device.type
         self.grad_scaler = make_grad_scaler(dtype)
-        self.guard = guard
-        self.stop = stop or StopRequest()
+        self.guard = guard or NonFiniteGuard(dtype=dtype)
+        self.stop = StopRequest()
         self.report: Optional[StepReport] = None
 
     def run_step(self) -> None:

@@ -21,7 +21,7 @@ class NonFiniteGuard:
     """Stops a run at a loss that is not finite, or skips the update of a few such steps.
 
     Args:
-        folder: where the batch is written, with the weights before the update.
+        folder: where the batch is written, with the weights before the update; None writes none.
         max_skips: so many steps in a row may be skipped; 0 stops at the first.
         dtype: that autocast computes in, for the message; None for full precision.
 
@@ -33,7 +33,12 @@ class NonFiniteGuard:
         TypeError, ValueError: if `max_skips` is no integer of 0 or more.
     """
 
-    def __init__(self, folder: str, max_skips: int = 0, dtype: Optional[torch.dtype] = None):
+    def __init__(
+        self,
+        folder: Optional[str] = None,
+        max_skips: int = 0,
+        dtype: Optional[torch.dtype] = None,
+    ):
         key = "train.max_nonfinite_steps (SOLVER.MAX_NONFINITE_STEPS)"
         self.max_skips = check_integer("A run", "number of skipped steps", max_skips, 0, key)
         self.folder = folder
@@ -56,7 +61,8 @@ class NonFiniteGuard:
         self.num_skipped += 1
         self.total_skipped += 1
         path = None
-        if comm.get_rank() in report.failed and self.num_skipped == 1:
+        is_first = self.folder is not None and self.num_skipped == 1
+        if comm.get_rank() in report.failed and is_first:
             path = self._dump(report, iteration, batch, model)
         found = {
             rank: where

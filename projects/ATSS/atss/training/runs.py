@@ -49,7 +49,7 @@ def build_step_trainer(
     dtype = autocast_dtype(get_setting(cfg, "amp"), precision, device)
     options = {"broadcast_buffers": False} if isinstance(cfg, CfgNode) else cfg.train.ddp
     model = create_ddp_model(model, **options)
-    return StepTrainer(model, data_loader, optimizer, build_guard(cfg, dtype), dtype=dtype)
+    return StepTrainer(model, data_loader, optimizer, dtype, build_guard(cfg, dtype))
 
 
 def build_guard(cfg: Config, dtype: Optional[torch.dtype]) -> NonFiniteGuard:

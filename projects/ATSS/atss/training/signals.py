@@ -13,9 +13,9 @@ STOPPED = 75
 class StopRequest:
     """Context in which a signal asks for a stop; a second one ends the process at once.
 
-    In another thread than the main one, where Python allows no handlers, it does nothing. submitit announces a time limit or a preemption by SIGUSR2: where
-    that has a handler, it asks for a stop too, and the handler, which queues the job again, is
-    called by `exit` once the run is saved.
+    In another thread than the main one, where Python allows no handlers, it does nothing. submitit
+    announces a time limit or a preemption by SIGUSR2: where that has a handler, it asks for a stop
+    too, and the handler, which queues the job again, is called by `exit` once the run is saved.
 
     Attributes:
         signal: number of the signal that came; None as long as none did.
