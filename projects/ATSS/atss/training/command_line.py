@@ -141,7 +141,7 @@ def run(
             if args.num_gpus * args.num_machines != 1:
                 raise ValueError(
                     "The program that started this process decides on the number of processes: "
-                    "leave out --num-gpus and --num-machines (torchrun: --nproc-per-node, --nnodes)."
+                    "leave out --num-gpus and --num-machines (torchrun takes --nproc-per-node)."
                 )
             join_job(_run_worker, place, args=(main, args), device=device)
         else:
