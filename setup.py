@@ -55,6 +55,7 @@ setup(
     ],
     extras_require={
         "export": EXPORT,
-        "dev": ["pytest", "pytest-cov", "pytest-xdist", "ruff", *EXPORT],
+        "slurm": ["submitit"],
+        "dev": ["pytest", "pytest-cov", "pytest-xdist", "ruff", "submitit", *EXPORT],
     },
 )

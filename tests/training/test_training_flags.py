@@ -370,3 +370,12 @@ def test_channels_last_and_bfloat16_train_to_the_same_losses():
     for name, loss in losses.items():
         assert loss.dtype == torch.float32
         torch.testing.assert_close(loss, expected[name], atol=0.02, rtol=0.05)
+
+
+def test_saved_config_that_asks_for_objects_is_refused_and_runs_nothing(tmp_path):
+    evil = tmp_path / "config.yaml"
+    mark = tmp_path / "ran"
+    evil.write_text(f"model: !!python/object/apply:os.mkdir ['{mark}']\n")
+    with pytest.raises(ValueError, match="could run code; use the .py config"):
+        load_lazy_config(str(evil))
+    assert not mark.exists()

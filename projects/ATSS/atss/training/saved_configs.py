@@ -9,6 +9,7 @@ import time
 from typing import Any, Dict
 
 import yaml
+from omegaconf import DictConfig, OmegaConf
 
 from detectron2.config import CfgNode, LazyConfig
 from detectron2.utils import comm
@@ -32,6 +33,25 @@ def find_config(config_file: str) -> str:
     if not os.path.isfile(config_file):
         raise FileNotFoundError(f"There is no config file {config_file!r} (--config-file).")
     return config_file
+
+
+def load_saved_lazy_config(path: str) -> DictConfig:
+    """A LazyConfig from the YAML it was saved as, without building Python objects.
+
+    Detectron2's reader would build any object that the file asks for, and so run its code.
+
+    Raises:
+        ValueError: for a file that asks for objects.
+    """
+    with open(path, encoding="utf-8") as file:
+        try:
+            content = yaml.safe_load(file)
+        except yaml.YAMLError as error:
+            raise ValueError(
+                f"{path} is not a config of plain values: {str(error).splitlines()[0]}. A saved "
+                "config that holds Python objects could run code; use the .py config."
+            ) from error
+    return OmegaConf.create(content, flags={"allow_objects": True})
 
 
 def save_config(cfg: Config, path: str) -> None:
