@@ -11,10 +11,11 @@ from .files import (
     CheckpointError,
     check_pickle,
     fetch,
-    find_weights,
     read_checkpoint,
     write_checkpoint,
+    write_text,
 )
+from .finding import FINAL, find_weights
 from .overrides import (
     GEOMETRY_KEYS,
     OVERRIDES_KEY,
@@ -23,11 +24,14 @@ from .overrides import (
     override_weights,
     yacs_overrides,
 )
+from .writing import CheckpointWriter, remove_unfinished
 
 __all__ = [
     "ATSSCheckpointer",
     "CheckpointError",
+    "CheckpointWriter",
     "Converted",
+    "FINAL",
     "Loaded",
     "GEOMETRY_KEYS",
     "OVERRIDES_KEY",
@@ -43,7 +47,9 @@ __all__ = [
     "override_weights",
     "read_checkpoint",
     "rehead",
+    "remove_unfinished",
     "require_weights",
     "write_checkpoint",
+    "write_text",
     "yacs_overrides",
 ]
