@@ -14,6 +14,8 @@ import _quiet  # noqa: F401
 import torch
 from atss.device import compile_dense_parts
 from atss.training import (
+    CheckpointHook,
+    RandomState,
     autocast_dtype,
     build_model,
     build_optimizer,
@@ -28,8 +30,8 @@ from atss.training import (
     run,
     set_up_run,
     training_parser,
+    trim_metrics,
 )
-from fvcore.common.checkpoint import PeriodicCheckpointer
 
 from detectron2.config import instantiate
 from detectron2.engine import default_writers
@@ -53,6 +55,11 @@ def do_train(cfg, resume):
     if scaler is not None:
         state["grad_scaler"] = scaler
     checkpointer = make_checkpointer(cfg, model, **state)
+    random_state = RandomState(cfg.train.seed)
+    saving = CheckpointHook(
+        checkpointer, **cfg.train.checkpointer, random_state=random_state, max_iter=max_iter
+    )
+    checkpointer.add_checkpointable("saving", saving)
     start_iter = load_for_training(cfg, checkpointer, resume)
 
     if cfg.train.get("compile", False):
@@ -60,13 +67,13 @@ def do_train(cfg, resume):
     ddp_model = create_ddp_model(model, **cfg.train.ddp)
     ddp_model.train()
     is_main = comm.is_main_process()
-    periodic_checkpointer = PeriodicCheckpointer(
-        checkpointer, max_iter=max_iter, **cfg.train.checkpointer
-    )
+    if is_main and start_iter > 0:
+        trim_metrics(cfg.train.output_dir, start_iter)
     writers = default_writers(cfg.train.output_dir, max_iter) if is_main else []
 
     loader = instantiate(cfg.dataloader.train)
     logger.info("Starting training from iteration %d", start_iter)
+    random_state.restore(start_iter)
     with EventStorage(start_iter) as storage:
         for data, iteration in zip(loader, range(start_iter, max_iter)):
             storage.iter = iteration
@@ -87,7 +94,8 @@ def do_train(cfg, resume):
             # weights are saved: those of a loss that is not finite must not be.
             is_last = iteration + 1 == max_iter
             is_logged = (iteration + 1) % cfg.train.log_period == 0 or is_last
-            if is_logged or (iteration + 1) % cfg.train.checkpointer.period == 0:
+            period = cfg.train.checkpointer.period
+            if is_logged or (period and (iteration + 1) % period == 0):
                 reduced = {k: v.item() for k, v in comm.reduce_dict(loss_dict).items()}
                 if is_main:
                     if not all(torch.isfinite(torch.tensor(v)) for v in reduced.values()):
@@ -96,6 +104,7 @@ def do_train(cfg, resume):
                     storage.put_scalar("lr", optimizer.param_groups[0]["lr"], smoothing_hint=False)
             scheduler.step()
 
+            results = None
             if (cfg.train.eval_period and (iteration + 1) % cfg.train.eval_period == 0) or is_last:
                 results = evaluate_lazy(cfg, ddp_model)
                 ddp_model.train()
@@ -104,11 +113,11 @@ def do_train(cfg, resume):
                         scalars = {f"{task}/{name}": value for name, value in values.items()}
                         storage.put_scalars(**scalars, smoothing_hint=False)
                 comm.synchronize()
-            if is_main:
-                if is_logged:
-                    for writer in writers:
-                        writer.write()
-                periodic_checkpointer.step(iteration)
+            if is_logged:
+                for writer in writers:
+                    writer.write()
+            saving.step(iteration, results)
+    saving.finish()
     for writer in writers:
         writer.close()
 

@@ -85,6 +85,9 @@ def add_atss_config(cfg: CN) -> None:
     # "float16" needs a GPU, "bfloat16" works everywhere, "auto" is bfloat16 where it is fast.
     cfg.SOLVER.AMP.PRECISION = "float16"
     cfg.SOLVER.CHANNELS_LAST = False
+    # Besides SOLVER.CHECKPOINT_PERIOD: how many stay (None: all) next to the best, whether a thread
+    # writes them, and whether training is to "stop" or "continue" if one cannot be written.
+    cfg.SOLVER.CHECKPOINTER = CN({"MAX_TO_KEEP": 100, "ASYNCHRONOUS": True, "ON_ERROR": "stop"})
     cfg.SOLVER.COMPILE = False  # backbone and head through torch.compile
 
     # `prepare_for_inference` with --eval-only. PRECISION also "bfloat16", "float16" (GPU), "auto".

@@ -7,13 +7,18 @@ from .command_line import add_import_argument, import_modules, run, training_par
 from .configs import load_lazy_config, load_yaml_config, update_lazy_config
 from .evaluation import evaluate_checkpoint, evaluate_lazy
 from .loop import autocast_dtype, create_ddp_model, make_grad_scaler
+from .metrics_file import trim_metrics
 from .models import build_model, load_for_training, make_checkpointer
+from .random_state import RandomState
 from .runs import build_optimizer, train_lazy
 from .saved_configs import find_config
+from .saving import CheckpointHook
 from .settings import choose_data
 from .setup import set_up_run
 
 __all__ = [
+    "CheckpointHook",
+    "RandomState",
     "add_import_argument",
     "autocast_dtype",
     "build_model",
@@ -33,5 +38,6 @@ __all__ = [
     "set_up_run",
     "train_lazy",
     "training_parser",
+    "trim_metrics",
     "update_lazy_config",
 ]

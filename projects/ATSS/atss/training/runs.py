@@ -17,8 +17,11 @@ from ..checkpoint import ATSSCheckpointer
 from ..device import compile_dense_parts
 from .evaluation import Results, evaluate_lazy
 from .loop import StepTrainer, autocast_dtype, create_ddp_model
+from .metrics_file import MetricsWriter
 from .models import build_model, load_for_training, make_checkpointer
-from .settings import Config, get_setting
+from .random_state import RandomState
+from .saving import CheckpointHook, EvalHook
+from .settings import Config, checkpoint_settings, get_setting
 
 logger = logging.getLogger(__name__)
 
@@ -71,19 +74,19 @@ def build_hooks(
         build_writers: makes the writers, on the main process.
         before_saving, before_writing: further hooks; what the latter record is written.
     """
-    if isinstance(cfg, CfgNode):
-        saving, log_period = {"period": cfg.SOLVER.CHECKPOINT_PERIOD}, 20
-    else:
-        saving, log_period = cfg.train.checkpointer, cfg.train.log_period
+    log_period = 20 if isinstance(cfg, CfgNode) else cfg.train.log_period
+    folder = get_setting(cfg, "output_dir")
+    random_state = RandomState(get_setting(cfg, "seed", -1))
+    saving = CheckpointHook(checkpointer, **checkpoint_settings(cfg), random_state=random_state)
     is_main = comm.is_main_process()
     return [
         hooks.IterationTimer(),
         hooks.LRScheduler(scheduler=scheduler),
         *before_saving,
-        hooks.PeriodicCheckpointer(checkpointer, **saving) if is_main else None,
-        hooks.EvalHook(get_setting(cfg, "eval_period"), evaluate),
+        saving,
+        EvalHook(get_setting(cfg, "eval_period"), evaluate, folder, saving.note),
         *before_writing,
-        hooks.PeriodicWriter(build_writers(), period=log_period) if is_main else None,
+        MetricsWriter(build_writers, folder, log_period) if is_main else None,
     ]
 
 

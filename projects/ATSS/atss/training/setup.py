@@ -7,14 +7,16 @@ import argparse
 import logging
 import re
 import sys
-from os.path import join
+from os.path import isdir, join
 
 from detectron2.engine import default_setup
 from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
 from detectron2.utils.logger import setup_logger
 
-from ..checkpoint import require_weights
+from ..checkpoint import remove_unfinished, require_weights
+from .processes import run_on_main
+from .run_lock import lock_run
 from .saved_configs import compare_with_saved
 from .settings import Config, available_device, check_schedule, get_setting, key_of
 
@@ -45,7 +47,7 @@ def set_up_run(cfg: Config, args: argparse.Namespace) -> None:
     Raises:
         FileNotFoundError: nothing to resume, or no such weights.
         ValueError: the output folder cannot be made; see `check_schedule`, `require_weights`,
-            `compare_with_saved`.
+            `compare_with_saved`, `lock_run`.
     """
     is_training = not getattr(args, "eval_only", False)
     is_resumed = getattr(args, "resume", False)
@@ -59,6 +61,8 @@ def set_up_run(cfg: Config, args: argparse.Namespace) -> None:
         raise ValueError(
             f"The output folder {folder!r} cannot be made ({error.strerror}). Change {key}."
         ) from error
+    if is_training and isdir(folder or "."):
+        run_on_main(_take, folder, key)
     is_used = any(PathManager.isfile(join(folder, name)) for name in _RESULTS)
     comm.synchronize()  # no process finds what another has just written
     _open_log(folder)
@@ -73,6 +77,11 @@ def set_up_run(cfg: Config, args: argparse.Namespace) -> None:
         compare_with_saved(cfg)  # before default_setup replaces the saved config
     default_setup(cfg, args)
     logger.info("%s", _first_screen(cfg, args, is_training))
+
+
+def _take(folder: str, key: str) -> None:
+    lock_run(folder, key)
+    remove_unfinished(folder)
 
 
 def _first_screen(cfg: Config, args: argparse.Namespace, is_training: bool) -> str:
