@@ -14,6 +14,8 @@ import _quiet  # noqa: F401
 import torch
 from atss.device import compile_dense_parts
 from atss.training import (
+    CheckpointHook,
+    RandomState,
     StopRequest,
     autocast_dtype,
     build_guard,
@@ -32,9 +34,9 @@ from atss.training import (
     set_up_run,
     share_step,
     training_parser,
+    trim_metrics,
     update,
 )
-from fvcore.common.checkpoint import PeriodicCheckpointer
 
 from detectron2.config import instantiate
 from detectron2.engine import default_writers
@@ -66,6 +68,11 @@ def do_train(cfg, resume):
     }
     state = {name: part for name, part in parts.items() if hasattr(part, "state_dict")}
     checkpointer = make_checkpointer(cfg, model, **state)
+    random_state = RandomState(cfg.train.seed)
+    saving = CheckpointHook(
+        checkpointer, **cfg.train.checkpointer, random_state=random_state, max_iter=max_iter
+    )
+    checkpointer.add_checkpointable("saving", saving)
     start_iter = load_for_training(cfg, checkpointer, resume)
 
     if cfg.train.get("compile", False):
@@ -73,12 +80,12 @@ def do_train(cfg, resume):
     ddp_model = create_ddp_model(model, **cfg.train.ddp)
     ddp_model.train()
     is_main = comm.is_main_process()
-    periodic_checkpointer = PeriodicCheckpointer(
-        checkpointer, max_iter=max_iter, **cfg.train.checkpointer
-    )
+    if is_main and start_iter > 0:
+        trim_metrics(cfg.train.output_dir, start_iter)
     writers = default_writers(cfg.train.output_dir, max_iter) if is_main else []
 
     logger.info("Starting training from iteration %d", start_iter)
+    random_state.restore(start_iter)
     with EventStorage(start_iter) as storage, StopRequest() as stop:
         for iteration, data in zip(range(start_iter, max_iter), loader):
             storage.iter = iteration
@@ -98,11 +105,7 @@ def do_train(cfg, resume):
             scheduler.step()
 
             is_last = iteration + 1 == max_iter
-            if is_main:
-                periodic_checkpointer.step(iteration)
-            if report.is_stop_asked and not is_last:
-                checkpointer.save(f"model_{iteration:07d}", iteration=iteration)
-                stop.exit()
+            results = None
             if (cfg.train.eval_period and (iteration + 1) % cfg.train.eval_period == 0) or is_last:
                 results = evaluate_lazy(cfg, ddp_model)
                 ddp_model.train()
@@ -114,6 +117,12 @@ def do_train(cfg, resume):
             if is_last or (iteration + 1) % cfg.train.log_period == 0:
                 for writer in writers:
                     writer.write()
+            saving.step(iteration, results)
+            if report.is_stop_asked and not is_last:
+                saving.save_now(iteration)
+                saving.finish()
+                stop.exit()
+    saving.finish()
     for writer in writers:
         writer.close()
 

@@ -91,6 +91,9 @@ def add_atss_config(cfg: CN) -> None:
     # So many steps in a row whose loss is not finite are skipped; 0 stops at the first.
     cfg.SOLVER.MAX_NONFINITE_STEPS = 0
     cfg.SOLVER.CHANNELS_LAST = False
+    # Besides SOLVER.CHECKPOINT_PERIOD: how many stay (None: all) next to the best, whether a thread
+    # writes them, and whether training is to "stop" or "continue" if one cannot be written.
+    cfg.SOLVER.CHECKPOINTER = CN({"MAX_TO_KEEP": 100, "ASYNCHRONOUS": True, "ON_ERROR": "stop"})
     cfg.SOLVER.COMPILE = False  # backbone and head through torch.compile
 
     # `prepare_for_inference` with --eval-only. PRECISION also "bfloat16", "float16" (GPU), "auto".

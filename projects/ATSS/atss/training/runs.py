@@ -17,9 +17,12 @@ from ..checkpoint import ATSSCheckpointer
 from ..device import compile_dense_parts
 from .evaluation import Results, evaluate_lazy
 from .loop import StepTrainer, autocast_dtype, create_ddp_model
+from .metrics_file import MetricsWriter
 from .models import build_model, load_for_training, make_checkpointer
 from .nonfinite import NonFiniteGuard
-from .settings import Config, get_setting
+from .random_state import RandomState
+from .saving import CheckpointHook, EvalHook
+from .settings import Config, checkpoint_settings, get_setting
 
 logger = logging.getLogger(__name__)
 
@@ -63,17 +66,18 @@ class StopHook(HookBase):
 
     Args:
         step_trainer: whose steps are watched.
-        save: writes a checkpoint of an iteration; all processes call it.
+        saving: writes the checkpoint.
     """
 
-    def __init__(self, step_trainer: StepTrainer, save: Callable[[int], None]):
+    def __init__(self, step_trainer: StepTrainer, saving: CheckpointHook):
         self.step_trainer = step_trainer
-        self.save = save
+        self.saving = saving
 
     def after_step(self) -> None:
         iteration = self.trainer.iter
         if self.step_trainer.report.is_stop_asked and iteration + 1 < self.trainer.max_iter:
-            self.save(iteration)
+            self.saving.save_now(iteration)
+            self.saving.finish()
             logger.warning("Asked to stop: iteration %d is saved, --resume goes on.", iteration)
             self.step_trainer.stop.exit()
 
@@ -101,24 +105,20 @@ def build_hooks(
         build_writers: makes the writers, on the main process.
         before_saving, before_writing: further hooks; what the latter record is written.
     """
-    if isinstance(cfg, CfgNode):
-        saving, log_period = {"period": cfg.SOLVER.CHECKPOINT_PERIOD}, 20
-    else:
-        saving, log_period = cfg.train.checkpointer, cfg.train.log_period
+    log_period = 20 if isinstance(cfg, CfgNode) else cfg.train.log_period
+    folder = get_setting(cfg, "output_dir")
+    random_state = RandomState(get_setting(cfg, "seed", -1))
+    saving = CheckpointHook(checkpointer, **checkpoint_settings(cfg), random_state=random_state)
     is_main = comm.is_main_process()
-
-    def save_now(iteration: int) -> None:
-        checkpointer.save(f"model_{iteration:07d}", iteration=iteration)
-
     return [
         hooks.IterationTimer(),
         hooks.LRScheduler(scheduler=scheduler),
         *before_saving,
-        hooks.PeriodicCheckpointer(checkpointer, **saving) if is_main else None,
-        StopHook(step_trainer, save_now),
-        hooks.EvalHook(get_setting(cfg, "eval_period"), evaluate),
+        saving,
+        StopHook(step_trainer, saving),
+        EvalHook(get_setting(cfg, "eval_period"), evaluate, folder, saving.note),
         *before_writing,
-        hooks.PeriodicWriter(build_writers(), period=log_period) if is_main else None,
+        MetricsWriter(build_writers, folder, log_period) if is_main else None,
     ]
 
 

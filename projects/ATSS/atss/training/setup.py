@@ -8,14 +8,16 @@ import logging
 import os
 import re
 import sys
-from os.path import join
+from os.path import isdir, join
 
 from detectron2.engine import default_setup
 from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
 from detectron2.utils.logger import setup_logger
 
-from ..checkpoint import require_weights
+from ..checkpoint import remove_unfinished, require_weights
+from .processes import run_on_main
+from .run_lock import lock_run
 from .saved_configs import compare_with_saved, has_own_checkpoint, mark_start
 from .settings import Config, available_device, check_schedule, get_setting, key_of
 
@@ -46,7 +48,7 @@ def set_up_run(cfg: Config, args: argparse.Namespace) -> None:
     Raises:
         FileNotFoundError: nothing to resume, or no such weights.
         ValueError: the output folder cannot be made; see `check_schedule`, `require_weights`,
-            `compare_with_saved`.
+            `compare_with_saved`, `lock_run`.
     """
     is_training = not getattr(args, "eval_only", False)
     if is_training:
@@ -62,6 +64,8 @@ def set_up_run(cfg: Config, args: argparse.Namespace) -> None:
         raise ValueError(
             f"The output folder {folder!r} cannot be made ({error.strerror}). Change {key}."
         ) from error
+    if is_training and isdir(folder or "."):
+        run_on_main(_take, folder, key)
     is_used = any(PathManager.isfile(join(folder, name)) for name in _RESULTS)
     comm.synchronize()  # no process finds what another has just written
     _open_log(folder)
@@ -84,6 +88,11 @@ def _is_restart() -> bool:
     """Whether torchrun or SLURM has started this process before."""
     counts = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
     return any(os.environ.get(name, "0") != "0" for name in counts)
+
+
+def _take(folder: str, key: str) -> None:
+    lock_run(folder, key)
+    remove_unfinished(folder)
 
 
 def _first_screen(cfg: Config, args: argparse.Namespace, is_training: bool) -> str:
