@@ -111,10 +111,19 @@ def near_anchors(anchors: Sequence, box: Box, radius: float) -> List[int]:
     return found
 
 
-def soft_class_loss(logits: torch.Tensor, targets: torch.Tensor, beta: float) -> torch.Tensor:
-    """Quality focal loss of every logit (GFL, Eq. 2), for autograd: |y - p|^beta BCE(p, y)."""
+def soft_class_loss(
+    logits: torch.Tensor, targets: torch.Tensor, gamma: float, alpha: Optional[float] = None
+) -> torch.Tensor:
+    """Class loss of every logit, for autograd: quality focal loss (GFL, Eq. 2) without `alpha`.
+
+    With it focal loss (Lin et al., Eq. 5), mixed linearly between the cases y = 0 and y = 1.
+    """
+    p = logits.sigmoid()
     bce = torch.nn.functional.binary_cross_entropy_with_logits(logits, targets, reduction="none")
-    return (targets - logits.sigmoid()).abs() ** beta * bce
+    if alpha is None:
+        return (targets - p).abs() ** gamma * bce
+    weight = alpha * targets + (1 - alpha) * (1 - targets)
+    return weight * (targets * (1 - p) + (1 - targets) * p) ** gamma * bce
 
 
 def dense_losses(
