@@ -199,16 +199,18 @@ def test_class_targets_and_box_weights_have_no_gradient():
         torch.testing.assert_close(gradient, other)
 
 
-@pytest.mark.parametrize("box_loss", ["giou", "smooth_l1"])
+@pytest.mark.parametrize(
+    "settings", [dict(box_loss="giou"), dict(box_loss="smooth_l1"), dict(box_weighting="score")]
+)
 @pytest.mark.parametrize("with_quality", [True, False])
-def test_samples_of_few_and_of_all_anchors_give_the_same_losses(box_loss, with_quality):
+def test_samples_of_few_and_of_all_anchors_give_the_same_losses(settings, with_quality):
     batch = Batch(5, 0, with_quality=with_quality)
     labels = labels_of(batch.targets, 3)
     assert (labels < 3).sum() > 5
     losses = []
     for targets in (batch.targets, targets_of_anchors(labels, boxes_of(batch.targets), 3)):
         batch.targets = targets
-        losses.append(batch.losses(box_loss=box_loss))
+        losses.append(batch.losses(**settings))
     maps = batch.predictions.all_maps
     torch.testing.assert_close(*losses)
     torch.testing.assert_close(*(torch.autograd.grad(sum(x.values()), maps) for x in losses))
