@@ -9,8 +9,8 @@ from typing import Dict, List, NamedTuple, Optional, Sequence
 
 import numpy as np
 import torch
-from reference import binary_cross_entropy, centerness, focal_loss, giou
-from reference_assigners import Box, Layout, area, ltrb
+from reference import binary_cross_entropy, centerness, focal_loss, giou, iou, ltrb
+from reference_assigners import Box, Layout
 
 
 class SimOTAResult(NamedTuple):
@@ -25,15 +25,6 @@ class SimOTAResult(NamedTuple):
     objects: List[List[int]]
     targets: List[List[float]]
     gap: float
-
-
-def iou(box: Sequence[float], other: Sequence[float]) -> float:
-    """IoU in float64."""
-    width = max(min(box[2], other[2]) - max(box[0], other[0]), 0)
-    height = max(min(box[3], other[3]) - max(box[1], other[1]), 0)
-    inner = width * height
-    union = area(box) + area(other) - inner
-    return inner / union if union > 0 else 0.0
 
 
 def sigmoid(logit: float) -> float:
