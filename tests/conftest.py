@@ -19,6 +19,7 @@ from atss.losses import DenseLoss
 from atss.predictions import DensePredictions
 from atss.targets import Targets
 
+from detectron2.layers import DeformConv
 from detectron2.structures import Boxes, Instances
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -28,6 +29,16 @@ STRIDES = (8, 16, 32, 64, 128)
 # Tools run in subprocesses; two threads each would fight for the cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 torch.set_num_threads(1)
+
+
+try:
+    DeformConv(1, 1, 1)
+    HAS_DEFORM_CONV = True
+except ImportError:
+    HAS_DEFORM_CONV = False
+needs_deform_conv = pytest.mark.skipif(
+    not HAS_DEFORM_CONV, reason="this Detectron2 has no compiled part, so it has no DeformConv"
+)
 
 
 @pytest.fixture(autouse=True)
