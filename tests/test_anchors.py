@@ -4,7 +4,8 @@ import copy
 
 import pytest
 import torch
-from atss.anchors import AnchorGrid, GridAnchorGenerator, octave_sizes
+from atss.anchor_grid import AnchorGrid
+from atss.anchors import GridAnchorGenerator, octave_sizes
 from conftest import STRIDES, feature_maps, golden_cases, golden_grid, grown
 
 from detectron2.modeling.anchor_generator import DefaultAnchorGenerator

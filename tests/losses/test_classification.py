@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from atss.anchors import AnchorGrid
+from atss.anchor_grid import AnchorGrid
 from atss.losses import FocalLoss, QualityFocalLoss, background, classification
 from atss.predictions import Places, flatten_levels, read_maps
 from reference_predictions import soft_class_loss
@@ -131,6 +131,18 @@ def test_large_infinite_and_missing_logits_show_in_the_value():
     assert case.loss(logits).isfinite()
 
 
+def test_background_logits_of_minus_infinity_add_nothing():
+    case = Case()
+    case.is_positive[:] = False
+    logits = [level.detach() for level in case.logits]
+    logits[0][:, :, 0, 0] = -float("inf")
+    expected = case.dense_loss([level.clamp(min=-200) for level in logits])
+    value = case.loss([level.requires_grad_() for level in logits])
+    value.backward()
+    assert value.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert (logits[0].grad[:, :, 0, 0] == 0).all()
+
+
 def test_extreme_logits_and_met_targets_have_finite_gradients():
     x = torch.tensor([-300.0, -60.0, 0.0, 0.0, 60.0, 300.0], requires_grad=True)
     y = torch.tensor([1.0, 0.0, 0.5, 0.2, 1.0, 0.0])
@@ -228,5 +240,7 @@ def test_settings_out_of_range_are_refused():
         FocalLoss(alpha=1.5)
     with pytest.raises(ValueError, match="gamma >= 0, got -1"):
         FocalLoss(gamma=-1)
+    with pytest.raises(ValueError, match="finite gamma >= 0, got inf.*classification.gamma"):
+        FocalLoss(gamma=float("inf"))
     with pytest.raises(ValueError, match="beta >= 0, got -1"):
         QualityFocalLoss(beta=-1)

@@ -330,6 +330,7 @@ def test_each_sample_learns_class_and_box_of_its_object(num_classes):
         ({"box_weighting": "area"}, "box_weighting.*score.*got 'area'"),
         ({"class_normalizer": "sum"}, "class_normalizer.*targets.*got 'sum'"),
         ({"num_classes": 0}, "num_classes"),
+        ({"box_loss_weight": float("inf")}, "finite box_loss_weight >= 0, got inf"),
     ],
 )
 def test_settings_out_of_range_are_refused(changes, words):

@@ -5,18 +5,14 @@
 
 from omegaconf import OmegaConf
 
-from atss.data import NamingMapper, coco_evaluator, load_dataset_dicts
+from atss.data import NamingMapper, build_train_loader, coco_evaluator, load_dataset_dicts
 import detectron2.data.transforms as T
 from detectron2.config import LazyCall as L
-from detectron2.data import (
-    build_detection_test_loader,
-    build_detection_train_loader,
-    get_detection_dataset_dicts,
-)
+from detectron2.data import build_detection_test_loader, get_detection_dataset_dicts
 
 dataloader = OmegaConf.create()
 
-dataloader.train = L(build_detection_train_loader)(
+dataloader.train = L(build_train_loader)(
     # Checks every annotation before the first step.
     dataset=L(load_dataset_dicts)(names=["coco_2017_train"], num_classes="${model.num_classes}"),
     mapper=L(NamingMapper)(
@@ -30,6 +26,7 @@ dataloader.train = L(build_detection_train_loader)(
     ),
     total_batch_size=16,
     num_workers=4,
+    seed="${train.seed}",
 )
 
 dataloader.test = L(build_detection_test_loader)(
