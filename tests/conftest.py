@@ -94,30 +94,30 @@ def restored_logs():
             logger.propagate, logger.handlers = old[1:]
 
 
-def golden_cases(file: str) -> Iterator[Tuple[Dict, Dict[str, np.ndarray]]]:
-    """Settings and arrays of every case of a golden file."""
+def golden_cases(file: str) -> Iterator[Tuple[Dict, Dict[str, torch.Tensor]]]:
+    """Settings and tensors of every case of a golden file."""
     with np.load(GOLDEN / f"{file}.npz") as archive:
         for case in json.loads(str(archive["cases"])):
             prefix = case["name"] + "/"
             yield (
                 case,
                 {
-                    key[len(prefix) :]: archive[key]
+                    key[len(prefix) :]: torch.from_numpy(archive[key])
                     for key in archive.files
                     if key.startswith(prefix)
                 },
             )
 
 
-def grown(boxes) -> torch.Tensor:
+def grown(boxes: torch.Tensor) -> torch.Tensor:
     """Boxes of inclusive pixels in continuous coordinates: half a pixel larger on each side."""
-    return torch.as_tensor(boxes, dtype=torch.float32) + torch.tensor([-0.5, -0.5, 0.5, 0.5])
+    return boxes.float() + torch.tensor([-0.5, -0.5, 0.5, 0.5])
 
 
-def golden_grid(fields: Dict[str, np.ndarray], grow: bool = True) -> AnchorGrid:
+def golden_grid(fields: Dict[str, torch.Tensor], grow: bool = True) -> AnchorGrid:
     """The grid of a golden case; its cell anchors lie around half a stride instead of 0."""
     cells = [
-        (grown(cell) if grow else torch.as_tensor(cell)) - float(stride) / 2
+        (grown(cell) if grow else cell) - float(stride) / 2
         for cell, stride in zip(fields["cell_anchors"], fields["strides"])
     ]
     sizes = [(int(height), int(width)) for height, width in fields["grid_sizes"]]

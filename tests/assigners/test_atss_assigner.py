@@ -88,8 +88,8 @@ def test_every_decided_anchor_is_as_in_the_authors_release(file):
         grid = golden_grid(fields)
         # Half a pixel more on each side of a box is half a pixel more of margin.
         assigner = ATSSAssigner(case["topk"], center_margin=0.51)
-        found = np.array(owners(assigner(grid, [Boxes(grown(fields["gt_boxes"]))])))
-        decided = fields.get("decided", np.ones(len(found), bool))
+        found = torch.tensor(owners(assigner(grid, [Boxes(grown(fields["gt_boxes"]))])))
+        decided = fields.get("decided", torch.ones(len(found), dtype=torch.bool))
         assert (found == fields["gt_index"])[decided].all(), case["name"]
         num_cases += 1
     assert num_cases >= 3

@@ -84,7 +84,7 @@ def test_authors_assignment_is_reproduced_on_every_anchor(name, assigner, grow):
     for case, fields in golden_cases(name):
         if name == "assign_topk":
             assert case["topk"] == assigner.topk
-        boxes = Boxes(grown(fields["gt_boxes"]) if grow else torch.tensor(fields["gt_boxes"]))
+        boxes = Boxes(grown(fields["gt_boxes"]) if grow else fields["gt_boxes"])
         anchors = golden_grid(fields, grow).boxes
         (owners,) = object_of_each_anchor(assigner(anchors, [boxes]))
         assert owners == fields["gt_index"].tolist(), case["name"]
@@ -96,7 +96,7 @@ def test_authors_assignment_is_reproduced_on_every_anchor(name, assigner, grow):
 def test_authors_fcos_with_and_without_center_sampling_is_reproduced_on_every_location():
     radii = set()
     for case, fields in golden_cases("assign_fcos"):
-        strides = [int(stride) for stride in fields["strides"]]
+        strides = fields["strides"].tolist()
         grid_sizes = [tuple(size) for size in fields["grid_sizes"].tolist()]
         cells = [torch.tensor([[-1.0, -1.0, 1.0, 1.0]])] * len(strides)
         # Their locations i * s + s // 2 are ours at (i + 1/2) * s: all strides are even.
@@ -104,7 +104,7 @@ def test_authors_fcos_with_and_without_center_sampling_is_reproduced_on_every_lo
         radius = case["center_sampling_radius"] or None
         radii.add(radius)
         assigner = SSCAssigner(center_sampling_radius=radius)
-        (owners,) = object_of_each_anchor(assigner(grid, [Boxes(torch.tensor(fields["gt_boxes"]))]))
+        (owners,) = object_of_each_anchor(assigner(grid, [Boxes(fields["gt_boxes"])]))
         assert owners == fields["gt_index"].tolist(), case["name"]
     assert radii == {None, 1.5}
 

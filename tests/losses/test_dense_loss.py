@@ -88,18 +88,18 @@ def test_losses_and_gradients_are_those_of_the_authors_release(case, fields):
     grid = golden_grid(fields)
     maps = {
         name: [
-            torch.tensor(fields[f"{name}{level}"], requires_grad=True)
+            fields[f"{name}{level}"].clone().requires_grad_()
             for level in range(len(grid.grid_sizes))
         ]
         for name in ("cls", "reg", "ctr")
     }
-    gt_index = [torch.as_tensor(fields[f"gt_index{i}"]).long() for i in range(2)]
+    gt_index = [fields[f"gt_index{i}"].long() for i in range(2)]
     labels, boxes = [], []
     for i, index in enumerate(gt_index):
-        classes = torch.as_tensor(fields[f"gt_labels{i}"])[index.clamp(min=0)] - 1
+        classes = fields[f"gt_labels{i}"][index.clamp(min=0)] - 1
         labels.append(torch.where(index >= 0, classes, torch.tensor(case["num_classes"])))
         # Centerness and GIoU of the release work on the boxes as they are, not grown.
-        boxes.append(torch.as_tensor(fields[f"gt_boxes{i}"])[index.clamp(min=0)])
+        boxes.append(fields[f"gt_boxes{i}"][index.clamp(min=0)])
     targets = targets_of_anchors(torch.stack(labels), torch.stack(boxes), case["num_classes"])
     loss = DenseLoss(
         LegacyTransform(case["regression_type"]),
@@ -108,27 +108,22 @@ def test_losses_and_gradients_are_those_of_the_authors_release(case, fields):
     )
     predictions = DensePredictions(maps["cls"], maps["reg"], maps["ctr"], grid.num_cell_anchors)
     losses = loss(predictions, grid, targets)
-    for ours, theirs in (
-        ("loss_cls", "loss_cls"),
-        ("loss_box_reg", "loss_reg"),
-        ("loss_centerness", "loss_centerness"),
-    ):
-        expected = torch.as_tensor(fields[theirs])
-        torch.testing.assert_close(losses[ours], expected, rtol=1e-5, atol=0)
+    for name, value in losses.items():
+        expected = fields[name.replace("_box_reg", "_reg")]
+        torch.testing.assert_close(value, expected, rtol=1e-5, atol=0)
     sum(losses.values()).backward()
     for name, tensors in maps.items():
         for level, tensor in enumerate(tensors):
-            expected = torch.as_tensor(fields[f"grad_{name}{level}"])
+            expected = fields[f"grad_{name}{level}"]
             torch.testing.assert_close(tensor.grad, expected, rtol=0, atol=1e-6)
 
 
 def test_parts_of_the_loss_are_those_of_the_authors_release():
     for case, fields in golden_cases("loss_parts"):
         if case["name"].startswith("focal"):
-            logits = torch.tensor(fields["logits"])
-            targets = torch.as_tensor(fields["targets"]).long()  # 1..K, 0 background, -1 ignored
+            logits = fields["logits"].requires_grad_()
+            targets = fields["targets"].long()  # 1..K, 0 background, -1 ignored
             num_rows, num_classes = logits.shape
-            logits.requires_grad_()
             labels = torch.where(targets == 0, num_classes, targets.clamp(min=0) - 1)
             images = torch.arange(num_rows)
             places = Places.of(make_grid(8, 8, num_levels=1), images, torch.zeros_like(images))
@@ -141,23 +136,18 @@ def test_parts_of_the_loss_are_those_of_the_authors_release():
                 1,
                 (labels < 0).view(-1, 1),
             )
-            torch.testing.assert_close(
-                total, torch.as_tensor(fields["loss_sum"]), rtol=1e-5, atol=0
-            )
+            torch.testing.assert_close(total, fields["loss_sum"], rtol=1e-5, atol=0)
             total.backward()
-            torch.testing.assert_close(
-                logits.grad, torch.as_tensor(fields["grad"]), rtol=0, atol=1e-6
-            )
+            torch.testing.assert_close(logits.grad, fields["grad"], rtol=0, atol=1e-6)
             continue
         kind = case["regression_type"]
-        anchors, preds = grown(fields["anchors"]), torch.tensor(fields["preds"])
-        preds.requires_grad_()
+        anchors, preds = grown(fields["anchors"]), fields["preds"].requires_grad_()
         decoded = LegacyTransform(kind).apply_deltas(preds, anchors)
-        gt_boxes = LegacyTransform(kind).apply_deltas(torch.as_tensor(fields["targets"]), anchors)
+        gt_boxes = LegacyTransform(kind).apply_deltas(fields["targets"], anchors)
         losses = elementwise_giou_loss(decoded, gt_boxes)
-        torch.testing.assert_close(losses, torch.as_tensor(fields["loss"]), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(losses, fields["loss"], rtol=1e-5, atol=1e-6)
         losses.sum().backward()
-        torch.testing.assert_close(preds.grad, torch.as_tensor(fields["grad"]), rtol=0, atol=1e-5)
+        torch.testing.assert_close(preds.grad, fields["grad"], rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("classification", [FocalLoss(), QualityFocalLoss()])

@@ -33,10 +33,8 @@ def test_detections_are_those_of_the_authors_release(case, fields):
     # The release's boxes in inclusive pixels: (x1, y1, x2, y2) is our (x1, y1, x2 + 1, y2 + 1), and
     # our decoded boxes, from grown anchors, lie half a pixel up and left of those.
     grid = golden_grid(fields)
-    maps = (
-        [torch.as_tensor(fields[f"{name}{i}"]) for i in range(5)] for name in ("cls", "reg", "ctr")
-    )
-    sizes = [tuple(int(v) for v in size) for size in fields["image_sizes"]]
+    maps = ([fields[f"{name}{i}"] for i in range(5)] for name in ("cls", "reg", "ctr"))
+    sizes = [tuple(size) for size in fields["image_sizes"].tolist()]
     found = detect(
         DensePredictions(*maps, grid.num_cell_anchors), grid.boxes, sizes,
         decode_half_a_pixel_off,
@@ -44,7 +42,7 @@ def test_detections_are_those_of_the_authors_release(case, fields):
         nms_thresh=case["nms_thresh"], detections_per_image=case["detections_per_img"],
     )  # fmt: skip
     for i, result in enumerate(found):
-        expected = torch.as_tensor(fields[f"out_boxes{i}"]) + torch.tensor([0.0, 0, 1, 1])
+        expected = fields[f"out_boxes{i}"] + torch.tensor([0.0, 0, 1, 1])
         # Boxes that begin beyond the last pixel are left one pixel by the release, and dropped or
         # left a sliver by us; both lists are compared without them, up to where the shorter ends.
         expected_inside, ours_inside = (
@@ -52,8 +50,8 @@ def test_detections_are_those_of_the_authors_release(case, fields):
         )
         count = min(int(expected_inside.sum()), int(ours_inside.sum()))
         assert count >= 0.8 * len(expected)
-        scores = torch.as_tensor(fields[f"out_scores{i}"])
-        classes = torch.as_tensor(fields[f"out_labels{i}"]).long() - 1
+        scores = fields[f"out_scores{i}"]
+        classes = fields[f"out_labels{i}"].long() - 1
         for ours, theirs, tolerance in (
             (result.pred_boxes.tensor, expected, 1e-3),
             (result.scores, scores, 1e-5),

@@ -59,7 +59,6 @@ def test_votes_are_those_of_the_plain_loops(soft, num_boxes, num_objects, num_cl
 @pytest.mark.parametrize("case, fields", golden_cases("vote"), ids=lambda v: v.get("name", ""))
 def test_votes_are_those_of_the_release_but_for_lone_boxes(case, fields):
     grow = torch.tensor([0.0, 0.0, 1.0, 1.0])  # inclusive pixels to continuous ones
-    fields = {key: torch.from_numpy(value) for key, value in fields.items()}
     labels = fields.get("labels", torch.zeros(len(fields["boxes"]))).long()
     candidates = Detections(fields["boxes"] + grow, fields["scores"], labels)
 
