@@ -55,6 +55,7 @@ setup(
     ],
     extras_require={
         "export": EXPORT,
+        "fast-eval": ["faster-coco-eval"],
         "dev": ["pytest", "pytest-cov", "pytest-xdist", "ruff", *EXPORT],
     },
 )

@@ -12,7 +12,7 @@ A training tool needs a few lines, for any data::
 from .classes import common_classes
 from .coco_json import CocoSummary, check_coco_json
 from .dataset_dicts import check_dataset_dicts, load_dataset_dicts
-from .mapper import NamingMapper, coco_evaluator
+from .mapper import NamingMapper
 from .registration import (
     Datasets,
     add_dataset_arguments,
@@ -31,7 +31,6 @@ __all__ = [
     "add_dataset_arguments",
     "check_coco_json",
     "check_dataset_dicts",
-    "coco_evaluator",
     "common_classes",
     "defer_toy_shapes",
     "load_dataset_dicts",
