@@ -1,12 +1,14 @@
-"""Boxes by COCO's metrics: equal to Detectron2's evaluator, with any engine and any processes."""
+"""Boxes by COCO's metrics: as Detectron2's evaluator, by either package, in several processes."""
 
+import importlib.util
 import json
 import logging
 import math
+import sys
 
 import pytest
 import torch
-from atss.evaluation import CompactCOCOEvaluator, CompactDetections, build_evaluator
+from atss.evaluation import CompactCOCOEvaluator, CompactDetections, build_evaluator, compact
 from atss.evaluation.coco_api import choose_coco_api
 from atss.postprocessing import DetectionSelector
 from atss.training.launch import launch
@@ -20,7 +22,6 @@ from detectron2.structures import Boxes, Instances
 from detectron2.utils import comm
 
 NUM_IMAGES, NUM_CLASSES = 24, 5
-API = ["pycocotools", "faster-coco-eval"]
 
 
 @pytest.fixture(autouse=True)
@@ -41,7 +42,7 @@ def made(tmp_path):
     return ground_truth
 
 
-@pytest.fixture(params=API)
+@pytest.fixture(params=["pycocotools", "faster-coco-eval"])
 def use_fast_impl(request):
     if request.param == "faster-coco-eval":
         pytest.importorskip("faster_coco_eval")
@@ -165,46 +166,47 @@ def test_a_detection_takes_28_bytes_and_an_image_counts_once():
     assert detections.image_ids == ["a", "b"] and detections.records.nbytes == 60 * 28
 
 
-def test_faster_engine_is_taken_if_wanted_and_installed(monkeypatch):
+def test_faster_package_is_taken_if_wanted_and_installed(monkeypatch):
     assert choose_coco_api(False).name == "pycocotools"
-    monkeypatch.setitem(__import__("sys").modules, "faster_coco_eval", None)
+    if importlib.util.find_spec("faster_coco_eval"):
+        assert choose_coco_api().name == "faster-coco-eval"
+    monkeypatch.setitem(sys.modules, "faster_coco_eval", None)
     assert choose_coco_api().name == "pycocotools"
 
 
 # Several processes
 
 
-def evaluate_share(folder, shares, rounds):
-    """What a process does: evaluates the images of its share."""
-    from atss.evaluation import compact
+SHARES = {
+    "uneven": [range(17), range(17, NUM_IMAGES)],
+    "main process without images": [range(0), range(NUM_IMAGES)],
+    "other process without images": [range(NUM_IMAGES), range(0)],
+    "repeated by a sampler": [[*range(12), 0, 1], [*range(12, NUM_IMAGES), 0, 5]],
+    "no image at all": [[], []],
+}
 
-    compact._ROUND = rounds
+
+def evaluate_shares(folder):
+    """What a process does: evaluates the images of its share, for all of `SHARES`."""
+    compact._ROUND = 50  # several rounds, also with few detections
     ground_truth = make_ground_truth(NUM_IMAGES, NUM_CLASSES)
     register(ground_truth, folder / "made.json", "made")
     pairs = list(detect(ground_truth))
-    evaluator = build_evaluator(["made"], output_dir=str(folder))
-    for index in shares[comm.get_rank()]:
-        evaluator.process(*([part] for part in pairs[index]))
-    values = evaluator.evaluate()
-    name = "values.json" if comm.is_main_process() else "values_of_others.json"
-    (folder / name).write_text(json.dumps(values))
+    results = {}
+    for name, shares in SHARES.items():
+        evaluator = build_evaluator(["made"], output_dir=str(folder / name))
+        for index in shares[comm.get_rank()]:
+            evaluator.process(*([part] for part in pairs[index]))
+        results[name] = evaluator.evaluate()
+    (folder / f"process_{comm.get_rank()}.json").write_text(json.dumps(results))
 
 
-@pytest.mark.parametrize(
-    "shares",
-    [
-        [range(17), range(17, NUM_IMAGES)],
-        [range(0), range(NUM_IMAGES)],
-        [[*range(12), 0, 1], [*range(12, NUM_IMAGES), 0, 5]],  # padded by a sampler
-        [range(NUM_IMAGES), range(0)],
-    ],
-    ids=["uneven", "main process without images", "repeated images", "without images"],
-)
-def test_processes_evaluate_as_one(made, tmp_path, shares):
-    launch(evaluate_share, 2, device="cpu", args=(tmp_path, shares, 50))
-    values = json.loads((tmp_path / "values.json").read_text())
+def test_processes_evaluate_as_one(made, tmp_path):
+    launch(evaluate_shares, 2, device="cpu", args=(tmp_path,))
+    ours, others = (json.loads((tmp_path / f"process_{i}.json").read_text()) for i in (0, 1))
+    assert others == dict.fromkeys(SHARES, {}) and ours.pop("no image at all") == {}
     theirs = evaluate(COCOEvaluator("made", ["bbox"], output_dir=None), detect(made))
-    assert_equal(values["bbox"], theirs)
-    assert json.loads((tmp_path / "values_of_others.json").read_text()) == {}
-    results = json.loads((tmp_path / "coco_instances_results.json").read_text())
-    assert len(results) == 150 + 30 * (NUM_IMAGES - 2)
+    for name, values in ours.items():
+        assert_equal(values["bbox"], theirs)
+        file = tmp_path / name / "coco_instances_results.json"
+        assert len(json.loads(file.read_text())) == 150 + 30 * (NUM_IMAGES - 2), name

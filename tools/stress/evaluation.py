@@ -9,6 +9,7 @@ there with the same settings is not run again::
 
 import argparse
 import json
+import os
 import resource
 import subprocess
 import sys
@@ -202,7 +203,8 @@ def main(argv: Optional[Sequence[str]] = None) -> Dict[str, Any]:
             print("faster-coco-eval is not installed: skipped")
         elif part not in results:
             options = sys.argv[1:] if argv is None else argv
-            subprocess.run([sys.executable, __file__, *options, "--part", part], check=True)
+            command = [sys.executable, __file__, *options, "--part", part]
+            subprocess.run(command, check=True, env={**os.environ, "PYTHONWARNINGS": "ignore"})
             results[part] = {**json.loads(part_file.read_text()), "date": str(date.today())}
             part_file.unlink()
             results_file.write_text(json.dumps(results, indent=1))
