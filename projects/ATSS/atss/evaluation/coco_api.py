@@ -9,7 +9,7 @@ import numpy as np
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-_BLOCK = 10_000  # detections that are dicts at a time when they are written
+_BLOCK = 10_000  # detections that are Python numbers at a time
 
 
 class CocoApi(NamedTuple):
