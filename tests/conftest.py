@@ -1,26 +1,35 @@
 """What all tests share: seeds, one thread, the golden data and its mapping to our coordinates."""
 
+import contextlib
 import json
+import logging
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Dict, Iterator, Tuple
 
 import numpy as np
 import pytest
 import torch
-from atss.anchors import AnchorGrid, GridAnchorGenerator, octave_sizes
+from atss.anchor_grid import AnchorGrid
+from atss.anchors import GridAnchorGenerator, octave_sizes
 from atss.assigners import ATSSAssigner, assign_all_anchors
 from atss.backbone import resnet_fpn
 from atss.box_regression import Box2BoxTransform
+from atss.data import ToyShapesOptions
+from atss.data.toy_shapes import render_dataset, split_paths
 from atss.detector import build_detector
 from atss.head import ATSSHead
 from atss.losses import DenseLoss
 from atss.targets import Targets
 
 from detectron2.structures import Boxes, Instances
+from detectron2.utils.logger import setup_logger
 
 GOLDEN = Path(__file__).parent / "golden"
 REPO = Path(__file__).parents[1]
+LOGGING_PACKAGES = ("atss", "detectron2", "fvcore")
 STRIDES = (8, 16, 32, 64, 128)
 
 # Tools run in subprocesses; two threads each would fight for the cores.
@@ -32,6 +41,44 @@ torch.set_num_threads(1)
 def seed():
     torch.manual_seed(0)
     np.random.seed(0)
+
+
+def your_data(root, **options) -> Dict[str, str]:
+    """A small made set as the options for your data, by their names in parsed arguments."""
+    options = ToyShapesOptions(image_size=64, max_size=40, max_objects=3, **options)
+    folder = render_dataset(root, options)
+    return {
+        f"{split}_{part}": str(getattr(split_paths(folder, split), path))
+        for split in ("train", "val")
+        for part, path in (("json", "json_file"), ("images", "image_root"))
+    }
+
+
+@pytest.fixture(autouse=True)
+def logs_as_before():
+    with restored_logs():
+        yield
+
+
+@contextlib.contextmanager
+def restored_logs():
+    """Undo what setting up a run changes in the loggers that all tests of a process share."""
+
+    def state(logger):
+        return logger.level, logger.propagate, list(logger.handlers)
+
+    def loggers():
+        names = list(logging.root.manager.loggerDict)
+        return map(logging.getLogger, (n for n in names if n.split(".")[0] in LOGGING_PACKAGES))
+
+    before = {logger: state(logger) for logger in loggers()}
+    yield
+    for logger in loggers():
+        old = before.get(logger, (logging.NOTSET, True, []))
+        if state(logger) != old:
+            setup_logger.cache_clear()  # else the next call would add no handlers
+            logger.setLevel(old[0])
+            logger.propagate, logger.handlers = old[1:]
 
 
 def golden_cases(file: str) -> Iterator[Tuple[Dict, Dict[str, np.ndarray]]]:
@@ -153,3 +200,15 @@ def make_input(height=64, width=96, boxes=(), classes=()):
         "height": height,
         "width": width,
     }
+
+
+def run_tool(tool, arguments, cwd, ok=True, warnings="ignore"):
+    """Output of a tool in a process of its own, which must succeed, or fail, as expected."""
+    process = subprocess.run(
+        [sys.executable, str(REPO / "tools" / f"{tool}.py"), *map(str, arguments)],
+        cwd=cwd, env={**os.environ, "PYTHONWARNINGS": warnings}, capture_output=True, text=True,
+        timeout=300,
+    )  # fmt: skip
+    output = process.stdout + process.stderr
+    assert (process.returncode == 0) == ok, output[-3000:]
+    return output

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from atss.anchors import AnchorGrid, GridAnchorGenerator, octave_sizes
+from atss.anchor_grid import AnchorGrid
+from atss.anchors import GridAnchorGenerator, octave_sizes
 from conftest import STRIDES, golden_cases, golden_grid
 
 from detectron2.modeling.anchor_generator import DefaultAnchorGenerator

@@ -81,6 +81,8 @@ def test_point_codes_do_not_depend_on_the_anchor_scale():
         torch.testing.assert_close(found, torch.tensor([[4.0, 3.0, 5.0, 3.0]]))
 
 
-def test_scale_that_is_not_positive_is_refused():
-    with pytest.raises(ValueError, match="positive anchor_scale, got 0"):
-        PointToBoxTransform(0)
+@pytest.mark.parametrize("scale", [0, "8", float("inf")])
+def test_scale_that_is_not_positive_is_refused(scale):
+    words = f"finite anchor_scale .*size / stride.* > 0, got {scale!r}.*box2box_transform.anchor_s"
+    with pytest.raises(ValueError, match=words):
+        PointToBoxTransform(scale)

@@ -308,11 +308,20 @@ def test_statistics_are_logged_when_asked_for():
     assert latest["atss/objects_without_positives"][0] == 1
 
 
-def test_training_is_drawn_into_the_storage_when_asked_for():
-    model = tiny_detector(vis_period=1)
-    with EventStorage(0) as storage:
-        model([make_input(boxes=BOXES, classes=[0, 2])])
-        assert len(storage._vis_data) == 1
+def test_training_is_drawn_into_the_storage_and_changes_nothing_when_asked_for():
+    statistics = []
+    for vis_period in (0, 1):
+        torch.manual_seed(0)
+        model = tiny_detector(vis_period=vis_period, head=dict(norm="BN"))
+        with EventStorage(0) as storage:
+            model([make_input(256, 256, boxes=BOXES, classes=[0, 2])])
+            assert len(storage._vis_data) == vis_period
+        assert all(module.training for module in model.modules())
+        statistics.append(dict(model.named_buffers()))
+    without, drawn = statistics
+    assert any("running_mean" in name for name in drawn)
+    for name, values in drawn.items():
+        assert torch.equal(values, without[name]), name
 
 
 def tiny_yaml():

@@ -1,7 +1,6 @@
 """docs/extend.md: its blocks are files that run, train and detect; padding as backbones ask."""
 
 import importlib
-import re
 import shutil
 import sys
 
@@ -18,6 +17,7 @@ from atss import (
 from atss.trainer import Trainer
 from atss.training import load_lazy_config, load_yaml_config
 from conftest import REPO, make_input, tiny_detector
+from pages import fenced_blocks
 from torch import nn
 
 from detectron2.config import instantiate
@@ -60,14 +60,9 @@ NEEDED = {
 }
 
 
-def blocks_of_page():
-    """(language, code) of every fenced block."""
-    return re.findall(r"^```(\w*)\n(.*?)^```$", PAGE, flags=re.MULTILINE | re.DOTALL)
-
-
 def files_of_page():
     """Path -> content of the blocks that are files: the first line names them."""
-    blocks = [code for language, code in blocks_of_page() if language != "bash"]
+    blocks = [code for language, code in fenced_blocks(PAGE) if language != "bash"]
     return {code.partition("\n")[0].lstrip("# "): code for code in blocks}
 
 
@@ -83,7 +78,7 @@ def configs_like_those_of_the_rule():
 
 
 def test_every_block_is_a_short_file_that_is_tested():
-    languages = [language for language, _ in blocks_of_page()]
+    languages = [language for language, _ in fenced_blocks(PAGE)]
     assert set(languages) == {"python", "yaml", "bash"} and PAGE.count("```") == 2 * len(languages)
     files = files_of_page()
     assert len(files) == sum(language != "bash" for language in languages)

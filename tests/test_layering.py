@@ -11,8 +11,8 @@ REPO = PACKAGE.parents[2]
 # A file imports from rows above its own, or from its own folder.
 ROWS = (
     ("checks", "config", "device", "geometry", "stored_settings"),
-    ("anchors", "box_regression", "layers"),
-    ("predictions",),
+    ("anchor_grid", "box_regression", "layers"),
+    ("anchors", "predictions"),
     ("losses.background", "losses.boxes", "losses.classification"),
     ("assigners", "backbone", "checkpoint", "data", "head"),
     ("targets",),

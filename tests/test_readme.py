@@ -4,14 +4,10 @@ import pkgutil
 import re
 
 import atss
-import cv2
-import numpy as np
 import pytest
-from atss import model_zoo
-from atss.checkpoint import ATSSCheckpointer
 from conftest import REPO
+from pages import PAGES
 
-PAGES = [REPO / "README.md", REPO / "MODEL_ZOO.md", *sorted((REPO / "docs").glob("*.md"))]
 README = PAGES[0].read_text(encoding="utf-8")
 PACKAGE = REPO / "projects/ATSS/atss"
 FOLDERS = (PACKAGE, PACKAGE.parent, REPO / "configs", REPO / "configs/ablations", REPO / "tools")
@@ -51,12 +47,3 @@ def test_pages_name_what_exists(page):
         assert any(p.exists() or p.with_name(f"{p.name}.py").exists() for p in places), name
     for name in re.findall(r"(?<![\w./])atss(?:\.\w+)+", text):
         pkgutil.resolve_name(name)
-
-
-def test_detect_as_the_readme_does(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "output/demo").mkdir(parents=True)
-    ATSSCheckpointer(model_zoo.get("toy/atss_toy"), "output/demo").save("model_final")
-    cv2.imwrite("image.jpg", np.zeros((90, 120, 3), np.uint8))
-    exec(README.partition("```python\n")[2].partition("```")[0], {})
-    assert "Boxes" in capsys.readouterr().out

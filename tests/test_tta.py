@@ -158,7 +158,7 @@ def test_yaml_config_describes_the_views(detector):
 
 
 def test_mistakes_are_named(detector):
-    with pytest.raises(ValueError, match="TEST.AUG.MERGE 'mean'"):
+    with pytest.raises(ValueError, match="'soft-vote'.*got 'mean'.*TEST.AUG.MERGE"):
         ATSSWithTTA(detector, merge="mean")
     with pytest.raises(ValueError, match="at least one view"):
         ATSSWithTTA(detector, [])

@@ -11,7 +11,6 @@ configs/ablations/topk/k3.py; `--list` then shows the AP of its metrics.json.
 """
 
 import argparse
-import functools
 import inspect
 import shlex
 import sys
@@ -21,24 +20,17 @@ from typing import Any, List, Optional
 import _quiet  # noqa: F401
 import torch
 from _ablations.differences import describe_changes, faults
-from _ablations.report import (
-    orderings,
-    orderings_table,
-    plot,
-    results_table,
-    write_report,
-)
-from _ablations.rows import Row, find_rows, load_origin, load_row, measured_ap, select_rows
+from _ablations.report import orderings, orderings_table, plot, results_table, write_report
+from _ablations.rows import Row, find_rows, load, measured_ap, select_rows
 from _ablations.toy_runs import SIZES, Settings, run_rows
 from _markdown import markdown_table
+from atss.training import run_here, tool_parser
 
 from detectron2.config import instantiate
 
 
 def parse_arguments(argv: Optional[List[str]] = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = tool_parser(__doc__)
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument(
         "--list", nargs="*", metavar="ROW", help="show differences and AP; of all by default"
@@ -65,25 +57,24 @@ def parse_arguments(argv: Optional[List[str]] = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def list_rows(rows: List[Row], runs: Path) -> int:
+def list_rows(rows: List[Row], runs: Path) -> None:
     """Print rows, their differences from their parents, published and own AP."""
     lines = []
     for row in rows:
-        cfg = load_row(row)
+        cfg = load(row.name)
         ap = measured_ap(cfg, runs)
         lines.append(
             [
                 row.table,
                 row.title,
                 f"configs/{row.name}.py",
-                describe_changes(row, load_origin(row), cfg),
+                describe_changes(row, load(row.origin), cfg),
                 "" if row.ap is None else f"{row.ap:.1f} ({row.source}, {row.split})",
                 "" if ap is None else f"{ap:.1f}",
             ]
         )
     header = ["table", "row", "config", "differences from its parent", "published AP", "our AP"]
     print(markdown_table(header, lines))
-    return 0
 
 
 def check_rows(rows: List[Row]) -> int:
@@ -94,7 +85,7 @@ def check_rows(rows: List[Row]) -> int:
     """
     lines, found = [], []
     for row in rows:
-        cfg = load_row(row)
+        cfg = load(row.name)
         with torch.device("meta"):
             model = instantiate(cfg.model)
         core = model.proposal_generator
@@ -112,7 +103,7 @@ def check_rows(rows: List[Row]) -> int:
                 f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M",
             ]
         )
-        found += faults(row, load_origin(row), cfg)
+        found += faults(row, load(row.origin), cfg)
     header = ["row", "assigner", "box transform", "head, box loss", "anchors", "parameters"]
     print(markdown_table(header, lines))
     print(f"\n{len(lines)} rows built; {len(found)} faults.")
@@ -148,17 +139,18 @@ def describe_head(core: Any) -> str:
     return ", ".join(words)
 
 
-def train_rows(rows: List[Row], args: argparse.Namespace) -> int:
+def train_rows(rows: List[Row], args: argparse.Namespace) -> None:
     """Train rows on the embedded shapes, print the results, write picture and report."""
     if not args.toy:
         raise ValueError(
             "--run trains on the embedded shapes and needs --toy with it. On COCO use "
             f"tools/lazyconfig_train_net.py --config-file configs/{rows[0].name}.py"
         )
-    settings = Settings(args.size, args.iterations, tuple(args.set), args.threads)
+    settings = Settings(
+        args.size, args.iterations, tuple(args.set), args.threads, tuple(args.modules)
+    )
     output = Path(args.output)
-    say = functools.partial(print, flush=True)
-    results = run_rows(rows, settings, args.seeds, output, args.workers, say)
+    results = run_rows(rows, settings, args.seeds, output, args.workers)
     print(f"\n{results_table(rows, results)}\n")
     pairs = orderings(rows, results)
     if pairs:
@@ -166,27 +158,23 @@ def train_rows(rows: List[Row], args: argparse.Namespace) -> int:
     plot(rows, results, output / "ablation.png")
     print(f"\nPicture: {output / 'ablation.png'}")
     if args.report:
-        command = shlex.join(["python", "tools/ablation_table.py", *args.command])
+        command = shlex.join(["python", "tools/ablation_table.py", *sys.argv[1:]])
         write_report(rows, results, Path(args.report), command)
         print(f"Report: {args.report}")
-    return 0
 
 
-def main(argv: Optional[List[str]] = None) -> int:
-    args = parse_arguments(argv)
-    args.command = list(sys.argv[1:] if argv is None else argv)
+def main(args: argparse.Namespace) -> int:
     rows = find_rows()
     wanted = args.list or args.check or args.run
     rows = select_rows(rows, wanted) if wanted else rows
-    if args.list is not None:
-        return list_rows(rows, Path(args.runs))
     if args.check is not None:
         return check_rows(rows)
-    return train_rows(rows, args)
+    if args.list is not None:
+        list_rows(rows, Path(args.runs))
+    else:
+        train_rows(rows, args)
+    return 0
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except (ValueError, FileNotFoundError, FloatingPointError) as error:
-        sys.exit(f"{type(error).__name__}: {error}")
+    run_here(main, parse_arguments())

@@ -14,7 +14,7 @@ benchmark.png. FCOS needs the main branch of Detectron2.
 import argparse
 import json
 import os
-import sys
+import shlex
 import time
 from pathlib import Path
 from typing import Any, Dict, List, Tuple
@@ -25,13 +25,13 @@ import _quiet  # noqa: F401
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 
 import torch
-from _benchmark.cases import Options
 from _benchmark.parts import PARTS
 from _benchmark.report import blocks, plot, row, tables, update_page
-from _benchmark.timing import race, share_outside_convolution
+from _benchmark.timing import race
 from _benchmark.whole_models import MODELS
 from _environment import environment
 from _reference_models import NO_FCOS, has_fcos
+from atss.training import run_here, tool_parser
 
 from detectron2.utils.events import EventStorage
 
@@ -51,10 +51,18 @@ def image_size(text: str) -> Tuple[int, int]:
     return height, width
 
 
-def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+def output_parser() -> argparse.ArgumentParser:
+    """Options that do not change what is measured."""
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("--output", default="output/benchmark", metavar="FOLDER")
+    parser.add_argument(
+        "--markdown", metavar="FILE", help="write the tables into their blocks of this page"
     )
+    return parser
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = tool_parser(__doc__, parents=[output_parser()])
     parser.add_argument(
         "parts", nargs="*", metavar="PART", help=f"of {', '.join(CASES)}; all by default"
     )
@@ -78,43 +86,26 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--num-classes", type=int, default=80)
     parser.add_argument("--no-growth", action="store_true", help="skip other sizes and classes")
     parser.add_argument("--no-memory", action="store_true", help="skip memory")
-    parser.add_argument("--output", default="output/benchmark", metavar="FOLDER")
-    parser.add_argument(
-        "--markdown", metavar="FILE", help="write the tables into their blocks of this page"
-    )
     return parser
 
 
-def measure(args: argparse.Namespace, device: torch.device) -> List[Dict[str, Any]]:
+def measure(args: argparse.Namespace) -> List[Dict[str, Any]]:
     """Rows of all parts asked for, printed as they come."""
-    growth = {"other_num_classes": (), "size_factors": ()} if args.no_growth else {}
-    options = Options(
-        device,
-        args.image_size,
-        tuple(args.objects),
-        tuple(args.batch_sizes),
-        args.num_classes,
-        model=args.model,
-        model_batch_sizes=tuple(args.model_batch_sizes),
-        compile=args.compile,
-        **growth,
-    )
     rows = []
     for part in args.parts or CASES:
-        for case in CASES[part](options):
-            warmup = 1 if part in MODELS else 2
-            clock = _CLOCKS[args.clock]
+        for case in CASES[part](args):
             timings = race(
-                case.contestants, device, args.repeats, warmup, not args.no_memory, clock
+                case.contestants,
+                args.device,
+                args.repeats,
+                warmup=1 if part in MODELS else 2,
+                memory=not args.no_memory,
+                shares=part in MODELS,
+                clock=_CLOCKS[args.clock],
             )
-            for contestant in case.contestants if part in MODELS else ():
-                share = share_outside_convolution(contestant, device)
-                timings[contestant.name].outside_convolution = share
             rows.append(row(case, timings))
             settings = ", ".join(f"{key} {value}" for key, value in case.settings.items())
-            times = ", ".join(
-                f"{name} {timing.minimum * 1e3:.2f}" for name, timing in timings.items()
-            )
+            times = ", ".join(f"{name} {timing.min_ms:.2f}" for name, timing in timings.items())
             print(f"{part}: {settings}: {times} ms", flush=True)
     return rows
 
@@ -130,51 +121,40 @@ def main(args: argparse.Namespace) -> None:
         raise ValueError("--clock process counts one thread on the CPU: add --threads 1.")
     if args.threads:
         torch.set_num_threads(args.threads)
-    device = torch.device(args.device)
+    args.device = torch.device(args.device)
     output = Path(args.output)
     output.mkdir(parents=True, exist_ok=True)
-    facts = environment(device)
+    facts = environment(args.device)
     print(", ".join(f"{key}: {value}" for key, value in facts.items()))
     if not has_fcos():
         print(f"FCOS is skipped: {NO_FCOS}.")
     torch.manual_seed(0)
     start = time.perf_counter()
     with EventStorage(0):  # Detectron2's losses write into it
-        rows = measure(args, device)
+        rows = measure(args)
     result = {
         "environment": facts,
         "arguments": {key: value for key, value in vars(args).items() if key != "output"},
         "seconds": round(time.perf_counter() - start, 1),
         "rows": rows,
     }
-    (output / "benchmark.json").write_text(json.dumps(result, indent=1))
+    (output / "benchmark.json").write_text(json.dumps(result, indent=1, default=str))
     plot(output / "benchmark.png", rows)
     printed = tables(rows)
     for part, table in printed.items():
         print(f"\n{part}\n\n{table}")
     print(f"\nWrote {output / 'benchmark.json'} and {output / 'benchmark.png'}.")
     if args.markdown:
-        update_page(Path(args.markdown), blocks(rows, facts, _command(args)))
+        update_page(Path(args.markdown), blocks(rows, facts, _command()))
         if not args.no_growth and {"assign", "loss"} <= set(printed):
             plot(Path(args.markdown).with_suffix(".png"), rows)
 
 
-def _command(args: argparse.Namespace) -> str:
+def _command() -> str:
     """The command that measures this again, without its output options."""
-    words, default = list(args.parts), make_parser().parse_args([])
-    for name, value in vars(args).items():
-        if name in ("parts", "output", "markdown") or value == getattr(default, name):
-            continue
-        words.append("--" + name.replace("_", "-"))
-        if name == "image_size":
-            words.append(f"{value[0]}x{value[1]}")
-        elif value is not True:
-            words += map(str, value if isinstance(value, list) else [value])
-    return " ".join(["python tools/benchmark.py", *words])
+    _, words = output_parser().parse_known_args()
+    return shlex.join(["python", "tools/benchmark.py", *words])
 
 
 if __name__ == "__main__":
-    try:
-        main(make_parser().parse_args())
-    except (ValueError, FileNotFoundError) as error:
-        sys.exit(f"{type(error).__name__}: {error}")
+    run_here(main, make_parser().parse_args())

@@ -9,7 +9,6 @@ Each writes its table to a folder below output/, see `--help` of the two.
 
 import argparse
 import json
-import sys
 import time
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Tuple
@@ -21,7 +20,15 @@ from _reference_models import NO_FCOS, fcos, has_fcos, retinanet, rpn
 from atss.checkpoint import ATSSCheckpointer
 from atss.data import register_toy_shapes
 from atss.model_zoo import config_file
-from atss.training import build_model, evaluate_lazy, load_lazy_config, train_lazy
+from atss.training import (
+    build_model,
+    build_optimizer,
+    evaluate_lazy,
+    load_lazy_config,
+    run_here,
+    tool_parser,
+    train_lazy,
+)
 from atss.training.loop import autocast_dtype
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
@@ -49,25 +56,21 @@ detector.
 
 
 def parse_arguments(argv: Optional[List[str]] = None) -> argparse.Namespace:
-    style = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=style)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="{detectors,proposals}")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True, parser_class=tool_parser)
 
     def add(name: str, description: str) -> argparse.ArgumentParser:
         summary = description.partition(".")[0]
-        command = commands.add_parser(
-            name, help=summary, description=description, formatter_class=style
-        )
+        command = commands.add_parser(name, help=summary, description=description)
         command.add_argument("--seed", type=int, default=1)
         command.add_argument("--output", default=f"output/compare_{name}", metavar="FOLDER")
         return command
 
     command = add("detectors", _DETECTORS_HELP)
     command.add_argument(
-        "--models",
-        nargs="+",
-        choices=list(_DETECTORS),
-        help="default: all that can be built",
+        "--models", nargs="+", choices=list(_DETECTORS), help="default: all that can be built"
     )
     command.add_argument("--seconds", type=float, default=200, help="training time of each model")
     command.add_argument("opts", nargs="*", help="config overrides, key=value")
@@ -94,6 +97,7 @@ def compare_detectors(args: argparse.Namespace) -> List[Dict[str, Any]]:
     rows = []
     for name, cfg in configs.items():
         print(f"{name}:", flush=True)
+        cfg.train.seed = args.seed  # of the order of images
         OmegaConf.resolve(cfg.dataloader)  # its images are read as model.input_format says
         cfg.model = _DETECTORS[name](cfg.model)
         torch.manual_seed(args.seed)
@@ -115,9 +119,7 @@ def train_for(
         The model, its iterations and the seconds used.
     """
     model = build_model(cfg)
-    cfg.optimizer.params.model = model
-    optimizer = instantiate(cfg.optimizer)
-    cfg.optimizer.params.model = None
+    optimizer = build_optimizer(cfg, model)
     base_rates = [group["lr"] for group in optimizer.param_groups]
     multiplier = instantiate(cfg.lr_multiplier)
     dtype = autocast_dtype(cfg.train.amp.enabled, cfg.train.amp.precision, device)
@@ -165,7 +167,7 @@ def compare_proposals(args: argparse.Namespace) -> List[Dict[str, Any]]:
     for name in ("RPN", "ATSS"):
         cfg = load_lazy_config(config_file("toy/faster_rcnn_atss_toy"))
         if name == "RPN":
-            use_rpn(cfg)
+            cfg.model.proposal_generator = rpn(cfg.model.proposal_generator.selector)
         cfg.dataloader.train.total_batch_size = args.batch_size
         cfg.train.max_iter = args.iterations
         cfg.train.eval_period = 0
@@ -188,14 +190,6 @@ def compare_proposals(args: argparse.Namespace) -> List[Dict[str, Any]]:
     return rows
 
 
-def use_rpn(cfg: DictConfig) -> None:
-    """Put Detectron2's RPN in place of ATSS, with as many proposals."""
-    selector = cfg.model.proposal_generator.selector
-    cfg.model.proposal_generator = rpn(
-        list(selector.pre_nms_topk), list(selector.post_nms_topk), selector.nms_thresh
-    )
-
-
 def proposal_recall(cfg: DictConfig, model: nn.Module) -> Dict[str, float]:
     """AR@100 and AR@1000 of the first stage on the test set, in percent."""
     first_stage = ProposalNetwork(
@@ -212,7 +206,8 @@ def proposal_recall(cfg: DictConfig, model: nn.Module) -> Dict[str, float]:
 def write_results(rows: List[Dict[str, Any]], args: argparse.Namespace) -> str:
     """Write results.json and table.md; returns the table."""
     table = markdown_table(list(rows[0]), [list(row.values()) for row in rows])
-    settings = ", ".join(f"{key} {value}" for key, value in vars(args).items() if key != "output")
+    said = {key: value for key, value in vars(args).items() if key not in ("output", "modules")}
+    settings = ", ".join(f"{key} {value}" for key, value in said.items())
     output = Path(args.output)
     output.mkdir(parents=True, exist_ok=True)
     (output / "results.json").write_text(json.dumps(rows, indent=1))
@@ -220,14 +215,10 @@ def write_results(rows: List[Dict[str, Any]], args: argparse.Namespace) -> str:
     return table
 
 
-def main(argv: Optional[List[str]] = None) -> None:
-    args = parse_arguments(argv)
-    run = compare_detectors if args.command == "detectors" else compare_proposals
-    print(f"\n{write_results(run(args), args)}")
+def main(args: argparse.Namespace) -> None:
+    compare = compare_detectors if args.command == "detectors" else compare_proposals
+    print(f"\n{write_results(compare(args), args)}")
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, FileNotFoundError, FloatingPointError) as error:
-        sys.exit(f"{type(error).__name__}: {error}")
+    run_here(main, parse_arguments())

@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Dict, List, Optional
 
 import _quiet  # noqa: F401
+import torch
 from atss.checkpoint import (
+    IS_OPTIONAL,
     OVERRIDES_KEY,
     CheckpointError,
     convert_checkpoint,
@@ -21,13 +23,14 @@ from atss.checkpoint import (
     yacs_overrides,
 )
 from atss.model_zoo import config_file
-from atss.training import load_lazy_config
+from atss.training import import_modules, load_lazy_config, tool_parser
+from torch import Tensor
 
 from detectron2.config import instantiate
 
 
 def parse_arguments(argv: Optional[List[str]] = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = tool_parser(__doc__)
     parser.add_argument("input", metavar="IN", help="checkpoint file (.pth)")
     parser.add_argument("output", metavar="OUT", help="file to write; never left incomplete")
     parser.add_argument(
@@ -44,9 +47,7 @@ def parse_arguments(argv: Optional[List[str]] = None) -> argparse.Namespace:
         "--config", help="LazyConfig, by name or file, of the model that OUT must fit"
     )
     parser.add_argument(
-        "--num-classes",
-        type=int,
-        help="replace the class predictor in OUT, for as many classes",
+        "--num-classes", type=int, help="replace the class predictor in OUT, for as many classes"
     )
     return parser.parse_args(argv)
 
@@ -57,6 +58,7 @@ def convert(args: argparse.Namespace) -> None:
     Raises:
         OSError, ValueError: where that is impossible; OUT is then left as it was.
     """
+    import_modules(args.modules)
     folder = os.path.dirname(os.path.abspath(args.output))
     if not os.path.isdir(folder):
         raise FileNotFoundError(f"There is no folder {folder!r} to write OUT to.")
@@ -77,7 +79,7 @@ def convert(args: argparse.Namespace) -> None:
     if args.config:
         if args.to != "atss":
             raise ValueError("--config describes a model of ours; it needs --to atss.")
-        compare(weights, model_shapes(args.config, args.num_classes), args.config, source)
+        compare(weights, state_of_model(args.config, args.num_classes), args.config)
 
     if args.to == "atss":
         weights = override_weights(weights, overrides)
@@ -99,40 +101,41 @@ def convert(args: argparse.Namespace) -> None:
     print(f"written: {args.output}")
 
 
-def model_shapes(config: str, num_classes: Optional[int]) -> Dict[str, tuple]:
-    """Shapes of the parameters of a config's model."""
+def state_of_model(config: str, num_classes: Optional[int]) -> Dict[str, Tensor]:
+    """State dict of a config's model, without memory for it."""
     path = config if os.path.isfile(config) else config_file(config)
     options = [f"model.num_classes={num_classes}"] if num_classes is not None else []
-    model = instantiate(load_lazy_config(path, options).model)
-    return {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    with torch.device("meta"):
+        return instantiate(load_lazy_config(path, options).model).state_dict()
 
 
-def compare(weights: Dict, model: Dict[str, tuple], config: str, source: str) -> None:
+def compare(weights: Dict[str, Tensor], model: Dict[str, Tensor], config: str) -> None:
     """Print what does not fit.
 
     Raises:
         CheckpointError: if something does not; backbones may lack the head.
     """
+    weights, model = (
+        {name: value for name, value in side.items() if not IS_OPTIONAL.fullmatch(name)}
+        for side in (weights, model)
+    )
     missing = sorted(set(model) - set(weights))
     extra = sorted(set(weights) - set(model))
     conflicts = [
-        f"{name}: {tuple(weights[name].shape)} in the file, {model[name]} in the model"
-        for name in weights
-        if name in model and tuple(weights[name].shape) != model[name]
+        f"{name}: {tuple(value.shape)} in the file, {tuple(model[name].shape)} in the model"
+        for name, value in weights.items()
+        if name in model and value.shape != model[name].shape
     ]
     show("missing", missing)
     show("not in the model", extra)
     show("of another shape", conflicts)
-    has_head = num_classes_of(weights) is not None
-    if has_head:
-        bias = "proposal_generator.head.cls_logits.bias"
-        found, needed = len(weights[bias]), model.get(bias, (None,))[0]
-        if found != needed:
-            raise CheckpointError(
-                f"The weights have {num_classes_of(weights)} classes, the model of {config} has "
-                "another number; give --num-classes to replace the class predictor."
-            )
-    needed_missing = [n for n in missing if has_head or "bottom_up" in n]
+    num_classes = num_classes_of(weights)
+    if num_classes is not None and num_classes != num_classes_of(model):
+        raise CheckpointError(
+            f"The weights have {num_classes} classes, the model of {config} has another number; "
+            "give --num-classes to replace the class predictor."
+        )
+    needed_missing = [n for n in missing if num_classes is not None or "bottom_up" in n]
     if needed_missing or extra or conflicts:
         raise CheckpointError(
             f"The weights do not fit the model of {config}: {len(needed_missing)} missing, "

@@ -10,8 +10,6 @@ Every key=value overrides the config.
 
 import argparse
 import json
-import os
-import sys
 import time
 from pathlib import Path
 from typing import Any, Dict, List
@@ -22,23 +20,29 @@ import torch
 from atss.checkpoint import ATSSCheckpointer
 from atss.data import register_toy_shapes
 from atss.model_zoo import config_file
-from atss.training import build_model, load_lazy_config, set_up_run, train_lazy
+from atss.training import (
+    build_model,
+    load_lazy_config,
+    run_here,
+    set_up_run,
+    tool_parser,
+    train_lazy,
+)
 from atss.visualization import draw_assignment, draw_detections, plot_training, tile
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.detection_utils import annotations_to_instances
 from detectron2.structures import Boxes
 
 QUICK = ["train.max_iter=60", "train.eval_period=60", "train.checkpointer.period=60"]
 
 
-def parse_arguments(arguments=None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def parse_arguments() -> argparse.Namespace:
+    parser = tool_parser(__doc__)
     parser.add_argument("--output", default="output/demo", metavar="FOLDER")
     parser.add_argument("--quick", action="store_true", help="60 iterations only")
     parser.add_argument("opts", nargs="*", help="config overrides, key=value")
-    return parser.parse_args(arguments)
+    return parser.parse_args()
 
 
 def main(args: argparse.Namespace) -> None:
@@ -47,7 +51,9 @@ def main(args: argparse.Namespace) -> None:
     overrides = [*(QUICK if args.quick else []), f"train.output_dir={output}", *args.opts]
     cfg = load_lazy_config(config_file("toy/atss_toy"), overrides)
     _, val_name = register_toy_shapes()
-    _clear(output)
+    output.mkdir(parents=True, exist_ok=True)
+    for name in ("metrics.json", "last_checkpoint"):
+        (output / name).unlink(missing_ok=True)  # Detectron2 would continue those of an earlier run
     set_up_run(cfg, argparse.Namespace(config_file="", eval_only=False, opts=overrides))
 
     results = train_lazy(cfg)
@@ -82,28 +88,19 @@ def main(args: argparse.Namespace) -> None:
     )
 
 
-def _clear(output: Path) -> None:
-    """Remove the metrics of an earlier run: Detectron2 would append to them."""
-    output.mkdir(parents=True, exist_ok=True)
-    for name in ("metrics.json", "last_checkpoint"):
-        if (output / name).exists():
-            os.remove(output / name)
-
-
 @torch.no_grad()
 def detection_sheet(model, images: List[Dict[str, Any]], class_names: List[str]):
     """Images with ground truth and detections, three in a row."""
     pictures = []
     for record in images:
-        image = cv2.imread(record["file_name"])
+        image, truth = load(record)
         inputs = {"image": torch.as_tensor(image.transpose(2, 0, 1).copy())}
         found = model([inputs])[0]["instances"].to("cpu")
-        gt_boxes, gt_classes = ground_truth(record)
         pictures.append(
             draw_detections(
                 image,
-                gt_boxes,
-                gt_classes,
+                truth.gt_boxes.tensor,
+                truth.gt_classes.tolist(),
                 found.pred_boxes.tensor,
                 found.pred_classes.tolist(),
                 found.scores.tolist(),
@@ -117,12 +114,10 @@ def assignment_picture(model, images: List[Dict[str, Any]], zoom: int = 2):
     """Positives of the image whose objects differ most in size, enlarged."""
 
     def spread(record):
-        boxes = ground_truth(record)[0]
-        sizes = Boxes(boxes).area().sqrt()
-        return float(sizes.max() / sizes.min()) if 3 <= len(boxes) <= 5 else 0.0
+        sizes = load(record)[1].gt_boxes.area().sqrt()
+        return float(sizes.max() / sizes.min()) if 3 <= len(sizes) <= 5 else 0.0
 
-    record = max(images, key=spread)
-    image = cv2.imread(record["file_name"])
+    image, truth = load(max(images, key=spread))
     core = model.proposal_generator
     height, width = image.shape[:2]
     features = [
@@ -130,27 +125,21 @@ def assignment_picture(model, images: List[Dict[str, Any]], zoom: int = 2):
         for stride in core.anchor_generator.strides
     ]
     anchors = core.anchor_generator.grid(features)
-    gt_boxes = Boxes(ground_truth(record)[0].to(model.device))
-    assignment = core.assigner(anchors, [gt_boxes])
-    enlarged = cv2.resize(image, None, fx=zoom, fy=zoom, interpolation=cv2.INTER_CUBIC)
+    assignment = core.assigner(anchors, [truth.gt_boxes.to(model.device)])
     return draw_assignment(
-        enlarged,
+        cv2.resize(image, None, fx=zoom, fy=zoom, interpolation=cv2.INTER_CUBIC),
         [Boxes(level.tensor * zoom) for level in anchors.boxes],
         assignment,
-        Boxes(gt_boxes.tensor * zoom),
+        Boxes(truth.gt_boxes.tensor * zoom),
         level_names=core.in_features,
     )
 
 
-def ground_truth(record: Dict[str, Any]):
-    """(M, 4) boxes xyxy in pixels, and M class ids, of a Detectron2 dataset dict."""
-    boxes = torch.tensor([a["bbox"] for a in record["annotations"]]).view(-1, 4)
-    boxes = torch.cat((boxes[:, :2], boxes[:, :2] + boxes[:, 2:]), dim=1)  # COCO has x, y, w, h
-    return boxes, [a["category_id"] for a in record["annotations"]]
+def load(record: Dict[str, Any]):
+    """The image of a Detectron2 dataset dict, (H, W, 3) uint8 BGR, and its ground truth."""
+    image = cv2.imread(record["file_name"])
+    return image, annotations_to_instances(record["annotations"], image.shape[:2])
 
 
 if __name__ == "__main__":
-    try:
-        main(parse_arguments())
-    except (ValueError, FileNotFoundError, FloatingPointError) as error:
-        sys.exit(f"{type(error).__name__}: {error}")
+    run_here(main, parse_arguments())

@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""Export of a trained detector to a file that is compared with the model and described in JSON.
+"""Export of a trained detector to a file that is compared with the model, with metadata as JSON.
 
     python tools/export_model.py --config-file configs/toy/atss_toy.py \\
         --weights output/demo/model_final.pth --format onnx --output output/atss.onnx
     python tools/export_model.py --zoo atss_R_50_FPN_1x --format torchscript --output output/r50.pt
 
-The description is called after the file: atss.onnx.json. docs/deploy.md shows how to use both.
+The metadata is called after the file: atss.onnx.json. docs/deploy.md shows how to use both.
 Exits with 1 if the file's detections differ from the model's, naming the first stage that does.
 """
 
@@ -16,7 +16,7 @@ import sys
 import time
 import warnings
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Tuple
+from typing import List, Optional, Tuple
 
 import _quiet  # noqa: F401
 import cv2
@@ -25,52 +25,36 @@ from atss.checkpoint import ATSSCheckpointer, load_or_resume
 from atss.detector import ATSSDetector
 from atss.export import (
     DEFAULT_OPSET,
-    MissingOperatorError,
-    check_sizes,
+    FORMATS,
     class_names_of,
     collect_metadata,
     compare_with_eager,
-    export_onnx,
-    export_program,
-    export_torchscript,
     first_stage_that_differs,
     format_table,
-    load_exported,
     resize_rule,
+    sizes_to_compare,
     spread_scores,
     write_metadata,
 )
 from atss.model_zoo import config_file, get_checkpoint_url
 from atss.training import (
-    add_import_argument,
     find_config,
     import_modules,
     load_lazy_config,
     load_yaml_config,
+    tool_parser,
 )
 from torch import nn
 
 from detectron2.config import instantiate
 from detectron2.modeling import build_model
 
-EXPORTS = {"torchscript": export_torchscript, "export": export_program, "onnx": export_onnx}
-SUFFIXES = {"torchscript": ".pt", "export": ".pt2", "onnx": ".onnx"}
-
 # Errors that a user can cause and fix: the message is enough. Others show their trace.
-USER_ERRORS = (
-    ImportError,
-    MissingOperatorError,
-    NotImplementedError,
-    OSError,
-    TypeError,
-    ValueError,
-)
+USER_ERRORS = (ImportError, NotImplementedError, OSError, TypeError, ValueError)
 
 
 def parse_arguments(argv: Optional[List[str]] = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = tool_parser(__doc__)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument(
         "--config-file", metavar="FILE", help="LazyConfig (.py), YAML config, or folder of a run"
@@ -84,7 +68,7 @@ def parse_arguments(argv: Optional[List[str]] = None) -> argparse.Namespace:
     parser.add_argument(
         "--random-weights", action="store_true", help="to try whether a model can be exported"
     )
-    parser.add_argument("--format", required=True, choices=sorted(SUFFIXES))
+    parser.add_argument("--format", required=True, choices=sorted(FORMATS))
     parser.add_argument(
         "--output", required=True, metavar="FILE", help="file to write, .pt, .pt2 or .onnx"
     )
@@ -106,12 +90,11 @@ def parse_arguments(argv: Optional[List[str]] = None) -> argparse.Namespace:
         "--opset", type=int, default=DEFAULT_OPSET, help="version of ONNX operators"
     )
     parser.add_argument(
-        "--class-names", metavar="A,B,...", help="for the description, if the data set is not known"
+        "--class-names", metavar="A,B,...", help="for the metadata, if the data set is not known"
     )
     parser.add_argument(
         "--check-image", metavar="FILE", help="image to compare on; synthetic ones by default"
     )
-    add_import_argument(parser)
     parser.add_argument(
         "opts",
         nargs=argparse.REMAINDER,
@@ -132,7 +115,12 @@ def export(args: argparse.Namespace) -> bool:
     cfg, model, class_names = build(args)
     size = tuple(args.size)
     stage = "raw heads" if args.raw_heads else "detections"
-    is_fixed = args.raw_heads and args.format != "torchscript"
+    options = dict(batch_size=args.batch_size, example_size=size)
+    if args.format != "torchscript":
+        options["dynamic"] = not args.raw_heads
+    if args.format == "onnx":
+        options["opset"] = args.opset
+    is_fixed = not options.get("dynamic", True)
     if args.class_names:
         class_names = args.class_names.split(",")
     metadata = collect_metadata(
@@ -144,12 +132,12 @@ def export(args: argparse.Namespace) -> bool:
         fixed_size=size if is_fixed else None,
         resize=resize_rule(cfg),
         class_names=class_names,
-        opset=args.opset if args.format == "onnx" else None,
+        opset=options.get("opset"),
     )
     if image is not None and model.input_format == "RGB":
         image = image.flip(0)
-    sizes = [size] * 4 if is_fixed else check_sizes(size)
-    write = functools.partial(EXPORTS[args.format], model, **export_options(args))
+    sizes = [size] * 4 if is_fixed else sizes_to_compare(size)
+    write = functools.partial(FORMATS[args.format].export, model, **options)
     compare = functools.partial(
         compare_with_eager, model, sizes=sizes, batch_size=args.batch_size, image=image
     )
@@ -160,7 +148,7 @@ def export(args: argparse.Namespace) -> bool:
         start = time.perf_counter()
         write(partial, stage=stage)
         seconds = time.perf_counter() - start
-        rows = compare(load_exported(partial, args.format), stage=stage)
+        rows = compare(FORMATS[args.format].load(partial), stage=stage)
         print(format_table(rows))
         if not all(row.passed for row in rows):
             print("The file differs from the model and was not kept.")
@@ -194,10 +182,10 @@ def check_arguments(args: argparse.Namespace) -> None:
     existing = next(folder for folder in output.absolute().parents if folder.exists())
     if output.is_dir() or not existing.is_dir() or not os.access(existing, os.W_OK):
         raise PermissionError(f"--output {args.output!r} cannot be written: give a file name.")
-    if output.suffix != SUFFIXES[args.format]:
+    suffix = FORMATS[args.format].suffix
+    if output.suffix != suffix:
         raise ValueError(
-            f"--output {args.output!r} must end in {SUFFIXES[args.format]!r} for --format "
-            f"{args.format}."
+            f"--output {args.output!r} must end in {suffix!r} for --format {args.format}."
         )
     if args.batch_size < 1 or min(args.size) < 1:
         raise ValueError(
@@ -219,7 +207,8 @@ def build(args: argparse.Namespace) -> Tuple[object, nn.Module, Optional[List[st
     weights = args.weights
     if weights is None and not args.random_weights:
         weights = get_checkpoint_url(args.zoo)
-    if is_yacs(file):
+    # A saved LazyConfig is YAML too.
+    if file.endswith((".yaml", ".yml")) and "_target_" not in Path(file).read_text("utf-8"):
         cfg = load_yaml_config(file, args.opts)
         cfg.MODEL.DEVICE = "cpu"
         model = build_model(cfg)
@@ -237,23 +226,6 @@ def build(args: argparse.Namespace) -> Tuple[object, nn.Module, Optional[List[st
     elif class_names is None and not args.class_names:
         print("These weights do not name their classes: give --class-names, or the JSON has none.")
     return cfg, model.eval(), class_names
-
-
-def is_yacs(file: str) -> bool:
-    """Whether a config is one of Detectron2's YAML files; a saved LazyConfig is YAML too."""
-    if not file.endswith((".yaml", ".yml")) or not os.path.isfile(file):
-        return False
-    return "_target_" not in Path(file).read_text(encoding="utf-8")
-
-
-def export_options(args: argparse.Namespace) -> Dict[str, Any]:
-    """Arguments of the function of the format, stage aside."""
-    options = dict(batch_size=args.batch_size, example_size=tuple(args.size))
-    if args.format != "torchscript":
-        options["dynamic"] = not args.raw_heads
-    if args.format == "onnx":
-        options["opset"] = args.opset
-    return options
 
 
 def read_image(file: str) -> torch.Tensor:

@@ -21,7 +21,7 @@ import tempfile
 from pathlib import Path
 from typing import Optional
 
-from _install.patches import ADDED_FILES, PATCHES, PatchError, apply_patches
+from _install.patches import ADDED_FILES, PATCHES, PatchError
 
 REPOSITORY = "https://github.com/facebookresearch/detectron2"
 COMMIT = "02b5c4e295e990042a714712c21dc79b731e8833"  # main, June 2026
@@ -177,7 +177,8 @@ def unpack_patched(archive: Path, folder: Path) -> Path:
         file.extractall(folder, **options)
     root = folder / archive.name[: -len(".tar.gz")]
     try:
-        apply_patches(root, PATCHES)
+        for patch in PATCHES:
+            patch.apply(root)
     except PatchError as error:
         raise InstallError(f"{SDIST} is not what the patches are for: {error}") from error
     for path, text in ADDED_FILES.items():

@@ -28,9 +28,5 @@ def main(args):
     return train_lazy(cfg, resume=args.resume)
 
 
-def device_of(args):
-    return load_lazy_config(args.config_file, args.opts).train.device
-
-
 if __name__ == "__main__":
-    run(main, training_parser(__doc__).parse_args(), device_of)
+    run(main, training_parser(__doc__).parse_args(), load_lazy_config)

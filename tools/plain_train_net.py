@@ -16,6 +16,7 @@ from atss.device import compile_dense_parts
 from atss.training import (
     autocast_dtype,
     build_model,
+    build_optimizer,
     choose_data,
     create_ddp_model,
     evaluate_checkpoint,
@@ -25,7 +26,6 @@ from atss.training import (
     make_checkpointer,
     make_grad_scaler,
     run,
-    say_if_finished,
     set_up_run,
     training_parser,
 )
@@ -42,9 +42,7 @@ logger = logging.getLogger("atss.plain_train_net")
 
 def do_train(cfg, resume):
     model = build_model(cfg)
-    cfg.optimizer.params.model = model
-    optimizer = instantiate(cfg.optimizer)
-    cfg.optimizer.params.model = None
+    optimizer = build_optimizer(cfg, model)
     max_iter = cfg.train.max_iter
     scheduler = LRMultiplier(optimizer, instantiate(cfg.lr_multiplier), max_iter)
 
@@ -55,10 +53,7 @@ def do_train(cfg, resume):
     if scaler is not None:
         state["grad_scaler"] = scaler
     checkpointer = make_checkpointer(cfg, model, **state)
-    load_for_training(cfg, checkpointer, resume)
-    # The scheduler has counted the steps that are done.
-    start_iter = scheduler.last_epoch if resume else 0
-    say_if_finished(cfg, start_iter)
+    start_iter = load_for_training(cfg, checkpointer, resume)
 
     if cfg.train.get("compile", False):
         compile_dense_parts(model)
@@ -127,9 +122,5 @@ def main(args):
     return do_train(cfg, args.resume)
 
 
-def device_of(args):
-    return load_lazy_config(args.config_file, args.opts).train.device
-
-
 if __name__ == "__main__":
-    run(main, training_parser(__doc__).parse_args(), device_of)
+    run(main, training_parser(__doc__).parse_args(), load_lazy_config)

@@ -8,7 +8,6 @@
 """
 
 import _quiet  # noqa: F401
-from atss.checkpoint import require_weights
 from atss.trainer import Trainer
 from atss.training import choose_data, load_yaml_config, run, set_up_run, training_parser
 
@@ -20,19 +19,13 @@ def main(args):
     set_up_run(cfg, args)
     if args.eval_only:
         return Trainer.evaluate_checkpoint(cfg, args.resume)
-    # Before the data are loaded, which takes long.
-    require_weights(cfg.OUTPUT_DIR, cfg.MODEL.WEIGHTS, args.resume)
     trainer = Trainer(cfg)
     trainer.resume_or_load(resume=args.resume)
     results = trainer.train()
     if cfg.TEST.AUG.ENABLED:
-        results = {**(results or {}), **Trainer.test_with_tta(cfg, trainer._trainer.model)}
+        results = {**(results or {}), **Trainer.test_with_tta(cfg, trainer.model)}
     return results
 
 
-def device_of(args):
-    return load_yaml_config(args.config_file, args.opts).MODEL.DEVICE
-
-
 if __name__ == "__main__":
-    run(main, training_parser(__doc__).parse_args(), device_of)
+    run(main, training_parser(__doc__).parse_args(), load_yaml_config)

@@ -4,9 +4,9 @@ import copy
 
 import pytest
 import torch
-from atss import anchors as anchors_module
+from atss import anchor_grid as grid_module
 from atss import device
-from atss.anchors import AnchorGrid
+from atss.anchor_grid import AnchorGrid
 from atss.assigners import (
     ATSSAssigner,
     IoUAssigner,
@@ -108,7 +108,7 @@ def count_step(monkeypatch, assigner, num_images=2, size=(512, 512), prepare=1):
         uploads.append(values)
         return device.host_constant(values, *args, **kwargs)
 
-    for module in (anchors_module, assignment_module):
+    for module in (grid_module, assignment_module):
         monkeypatch.setattr(module, "host_constant", counting)
     # The scratch of the class loss has the size of a cache, not of the anchors.
     monkeypatch.setattr(background, "_BLOCK", 64)

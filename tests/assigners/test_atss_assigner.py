@@ -5,7 +5,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from atss.anchors import AnchorGrid
+from atss.anchor_grid import AnchorGrid
 from atss.assigners import ATSSAssigner, adaptive_threshold, resolve_claims
 from atss.assigners.candidates import _window_ranks, nearest_anchors, nearest_on_lattice
 from conftest import golden_cases, golden_grid, grown, make_grid, random_boxes

@@ -4,9 +4,9 @@ import weakref
 
 import pytest
 import torch
-from atss.anchors import AnchorGrid, concatenate_anchors
+from atss.anchor_grid import AnchorGrid, concatenate_anchors
 from atss.assigners import ATSSAssigner, IoUAssigner, SSCAssigner, TopKAssigner
-from atss.assigners.pairwise import chunks, pairwise_ious
+from atss.assigners.pairwise import chunk_size, pairwise_ious
 from reference_assigners import (
     golden_anchors,
     golden_cases,
@@ -297,15 +297,15 @@ def test_pairwise_ious_are_those_of_detectron2():
     boxes = torch.rand(50, 4, generator=generator) * 30
     boxes[:, 2:] += boxes[:, :2]
     boxes[3, 2:] = boxes[3, :2]  # without area
-    ious = pairwise_ious(boxes, boxes[10:], torch.empty(50, 40))
+    ious = pairwise_ious(boxes, boxes[10:])
     expected = pairwise_iou(Boxes(boxes), Boxes(boxes[10:]))
     torch.testing.assert_close(ious, expected, rtol=0, atol=0)
 
 
 def test_chunks_cover_everything_once_even_beyond_the_budget():
-    assert list(chunks(7, 100, 250)) == [(0, 2), (2, 4), (4, 6), (6, 7)]
-    assert list(chunks(2, 1000, 10)) == [(0, 1), (1, 2)]
-    assert list(chunks(0, 10, 10)) == []
+    assert chunk_size(100, 250) == 2
+    assert chunk_size(1000, 10) == 1  # at least one item
+    assert chunk_size(0, 10) == 10
 
 
 INF = float("inf")
@@ -318,6 +318,9 @@ INF = float("inf")
         (lambda: IoUAssigner((0.0, 0.5)), "0 < low"),
         (lambda: IoUAssigner((0.4,)), "two thresholds"),
         (lambda: IoUAssigner((0.4, 1.5)), "1.5"),
+        (lambda: IoUAssigner(thresholds=0.5), "two thresholds.*got 0.5.*assigner.thresholds"),
+        (lambda: IoUAssigner(("a", "b")), "two thresholds.*'a', 'b'"),
+        (lambda: IoUAssigner(center_in_gt="no"), "center_in_gt.*True, False.*got 'no'"),
         (lambda: SSCAssigner(((-1, 64), (96, INF))), "gap.*64 px.*96 px.*size_ranges"),
         (lambda: SSCAssigner(((64, -1), (64, INF))), "least <"),
         (lambda: SSCAssigner(((64, INF), (-1, 64))), "fine to coarse"),
@@ -328,6 +331,8 @@ INF = float("inf")
         (lambda: TopKAssigner(True), "integer topk"),
         (lambda: TopKAssigner(budget=0), "budget"),
         (lambda: ATSSAssigner(topk=-1), "topk >= 1, got -1"),
+        (lambda: ATSSAssigner(center_in_gt=None), "got None.*model.assigner.center_in_gt"),
+        (lambda: ATSSAssigner(center_margin=INF), "finite center_margin, got inf"),
     ],
 )
 def test_settings_out_of_range_are_refused_with_what_to_change(make, words):

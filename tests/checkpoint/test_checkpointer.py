@@ -192,6 +192,13 @@ def test_the_tool_goes_back_and_renews_heads(tmp_path, capsys):
     assert content[OVERRIDES_KEY]["model.anchor_generator.offset"] == 0.0
 
 
+def test_the_tool_compares_with_a_config(tmp_path):
+    path = save_as(model_zoo.get("toy/atss_toy", device="cpu"), "author", tmp_path / "author.pth")
+    ours, again = str(tmp_path / "ours.pth"), str(tmp_path / "again.pth")
+    assert convert_tool([path, ours, "--config", "atss_toy"]) == 0
+    assert convert_tool([ours, again, "--config", "atss_toy"]) == 0  # now with geometry
+
+
 @pytest.mark.parametrize(
     "make, message",
     [

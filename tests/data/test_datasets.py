@@ -305,9 +305,16 @@ def test_boxes_without_area_are_counted_in_one_line(own, caplog):
     folder, data = own
     empty = [(5, 5, 0, 4), (5, 5, 4, 0), (40, 5, 9, 9), (-9, 5, 9, 9)]  # two of them lie outside
     data["annotations"] += [annotation(20 + i, 2, 3, box) for i, box in enumerate(empty)]
+    files = write(folder, data)
     with caplog.at_level(logging.WARNING):
-        assert check_coco_json(*write(folder, data)).num_empty_boxes == 4
+        assert check_coco_json(*files, for_evaluation=True).num_empty_boxes == 4
     assert len(caplog.records) == 1 and "4 boxes without area" in caplog.text
+    assert "count as missed objects" in caplog.text
+    caplog.clear()
+    with caplog.at_level(logging.WARNING):  # registration counts nothing, loading does
+        assert register_coco_json("mine", *files).num_empty_boxes == 4
+        load_dataset_dicts("mine", 2)
+    assert len(caplog.records) == 1 and "4 boxes without area in their image are" in caplog.text
 
 
 def test_detectron2_drops_the_boxes_that_are_counted_and_no_others(tmp_path):
@@ -416,10 +423,10 @@ def test_truncated_image_is_named_where_it_is_read(own):
 def test_number_of_classes_comes_from_the_data_and_is_logged(caplog):
     sources = [("a.json", ["cat", "dog"]), ("b.json", ["cat", "dog"])]
     with caplog.at_level(logging.INFO):
-        assert common_classes(sources) == (["cat", "dog"], 2)
+        assert common_classes(sources) == ["cat", "dog"]
     assert "2 classes, from a.json: cat, dog" in caplog.text
-    assert common_classes(sources, num_classes=2) == (["cat", "dog"], 2)
-    assert common_classes([], num_classes=2) == (None, 2)
+    assert common_classes(sources, num_classes=2) == ["cat", "dog"]
+    assert common_classes([], num_classes=2) is None
 
 
 def test_configured_number_that_contradicts_the_data_is_an_error_with_both():
@@ -443,7 +450,7 @@ def test_own_files_replace_the_sets_of_the_config(own):
     val = write(folder, data, "val.json")
     args = both_splits((folder / "set.json", folder / "images"), val)
     found = register_from_arguments(args, ["coco_2017_train"], ["coco_2017_val"])
-    assert found == (("own_train",), ("own_val",), ["cat", "dog"], 2)
+    assert found == (("own_train",), ("own_val",), ["cat", "dog"])
     assert len(DatasetCatalog.get("own_val")) == 2
     assert register_from_arguments(args) == found  # once more in the same process
     with pytest.raises(ValueError, match="num_classes=80.*has 2 classes"):
@@ -471,11 +478,12 @@ def test_training_needs_no_validation_set_and_evaluation_no_training_set(own, ca
     folder, _ = own
     files = folder / "set.json", folder / "images"
     trained = register_from_arguments(parse("--train-json", files[0], "--train-images", files[1]))
-    assert trained.train == ("own_train",) and trained.val == () and trained.num_classes == 2
+    assert trained.train == ("own_train",) and trained.val == () and len(trained.class_names) == 2
     assert "nothing will be evaluated" in caplog.text
     val = parse("--val-json", files[0], "--val-images", files[1], eval_only=True)
     evaluated = register_from_arguments(val)
-    assert evaluated.train == () and evaluated.val == ("own_val",) and evaluated.num_classes == 2
+    assert evaluated.train == () and evaluated.val == ("own_val",)
+    assert evaluated.class_names == trained.class_names
 
 
 @pytest.mark.parametrize(
@@ -495,7 +503,7 @@ def test_options_that_belong_together_are_asked_for_together(arguments, eval_onl
 def test_sets_of_the_config_are_registered_or_checked(toy_root, tmp_path, monkeypatch):
     known = register_toy_shapes(toy_root, SMALL)
     found = register_from_arguments(parse(), [known[0]], [known[1]], num_classes=6)
-    assert found == ((known[0],), (known[1],), SMALL.class_names, 6)
+    assert found == ((known[0],), (known[1],), SMALL.class_names)
     with pytest.raises(ValueError, match="num_classes=80.*toy_shapes_train has 6 classes"):
         register_from_arguments(parse(), *known, num_classes=80)
     with pytest.raises(ValueError, match="nonsense is not registered.*toy_shapes_train"):
@@ -511,7 +519,7 @@ def test_toy_set_of_the_config_is_rendered_when_it_is_missing(tmp_path, monkeypa
     monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
     monkeypatch.setattr("atss.data.registration.ToyShapesOptions", lambda: SMALL)  # in less time
     found = register_from_arguments(parse(), ("toy_shapes_train",), ("toy_shapes_val",))
-    assert found.num_classes == 6 and list((tmp_path / "toy_shapes").glob("*/train"))
+    assert len(found.class_names) == 6 and list((tmp_path / "toy_shapes").glob("*/train"))
 
 
 def test_toy_set_is_known_to_whoever_imports_the_package_and_rendered_when_loaded(
@@ -545,7 +553,7 @@ def test_missing_files_of_a_registered_set_are_named_before_training(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"far needs .*far.json.*DETECTRON2_DATASETS"):
         register_from_arguments(parse(), "far", ())
     # Evaluation does not ask for the training set.
-    assert register_from_arguments(parse(eval_only=True), "far", ()).num_classes is None
+    assert register_from_arguments(parse(eval_only=True), "far", ()).class_names is None
 
 
 # Sets registered in Python

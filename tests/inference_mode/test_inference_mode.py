@@ -6,13 +6,9 @@ import pickle
 import pytest
 import torch
 from atss.backbone import resnet_fpn
+from atss.inference_mode import inference_dtype, prepare_as_configured, prepare_for_inference
 from atss.inference_mode.batch_norms import fold_batch_norms
 from atss.inference_mode.onednn import OneDNNConv2d, OneDNNResidualBlock, use_onednn
-from atss.inference_mode.prepare import (
-    inference_dtype,
-    prepare_as_configured,
-    prepare_for_inference,
-)
 from atss.layers import DeformConv2d, PackedDeformConv2d
 from atss.model_zoo import get_config
 from atss.training import update_lazy_config
@@ -182,7 +178,7 @@ def test_what_cannot_be_prepared_is_refused():
         prepare_for_inference(model, dtype=torch.float16)
     with pytest.raises(ValueError, match="got torch.int8"):
         prepare_for_inference(model, dtype=torch.int8)
-    with pytest.raises(ValueError, match="Unknown precision 'half'.*bfloat16"):
+    with pytest.raises(ValueError, match="precision to be one of.*bfloat16.*got 'half'"):
         inference_dtype("half", torch.device("cpu"))
 
 

@@ -375,6 +375,7 @@ def test_each_sample_learns_class_and_box_of_its_object(num_classes):
         ({"box_weighting": "area"}, "box_weighting.*score.*got 'area'"),
         ({"class_normalizer": "sum"}, "class_normalizer.*targets.*got 'sum'"),
         ({"num_classes": 0}, "num_classes"),
+        ({"box_loss_weight": float("inf")}, "finite box_loss_weight >= 0, got inf"),
     ],
 )
 def test_settings_out_of_range_are_refused(changes, words):
@@ -388,6 +389,8 @@ def test_class_loss_settings_out_of_range_are_refused():
         FocalLoss(alpha=1.5)
     with pytest.raises(ValueError, match="gamma >= 0, got -1"):
         FocalLoss(gamma=-1)
+    with pytest.raises(ValueError, match="finite gamma >= 0, got inf.*classification.gamma"):
+        FocalLoss(gamma=float("inf"))
     with pytest.raises(ValueError, match="beta >= 0, got -1"):
         QualityFocalLoss(beta=-1)
 

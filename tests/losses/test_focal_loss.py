@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from atss.anchors import AnchorGrid
+from atss.anchor_grid import AnchorGrid
 from atss.losses import FocalLoss, classification
 from atss.losses import background as module
 from atss.predictions import Places, read_maps
@@ -127,6 +127,19 @@ def test_large_infinite_and_missing_logits_show_in_the_value():
         assert not loss_of(logits, labels).isfinite()
     labels[0, 0] = -1  # ignored: nothing there has any influence
     assert loss_of(logits, labels).isfinite()
+
+
+def test_background_logits_of_minus_infinity_add_nothing():
+    labels = make_labels()
+    labels[:] = 5
+    logits = [level.detach() for level in make_logits()]
+    logits[0][:, :, 0, 0] = -float("inf")
+    expected = plain_loss([level.clamp(min=-200) for level in logits], labels, 1)
+    leaves = [level.requires_grad_() for level in logits]
+    value = loss_of(leaves, labels)
+    value.backward()
+    assert value.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert (leaves[0].grad[:, :, 0, 0] == 0).all()
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.bfloat16, 1e-2), (torch.float16, 2e-3)])

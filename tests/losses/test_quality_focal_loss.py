@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from atss.anchors import AnchorGrid
+from atss.anchor_grid import AnchorGrid
 from atss.assigners import ATSSAssigner
 from atss.box_regression import Box2BoxTransform
 from atss.geometry import elementwise_iou

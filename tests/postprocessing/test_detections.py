@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 from atss.box_regression import Box2BoxTransform
-from atss.postprocessing import Detections, DetectionSelector
-from atss.postprocessing.eager import select_candidates, suppress
+from atss.postprocessing import Detections, DetectionSelector, SelectionInputs
+from atss.postprocessing.eager import suppress
 from atss.predictions import DensePredictions, flatten_level
 from conftest import golden_cases, golden_grid, make_grid, random_boxes
 from reference import detections
@@ -23,7 +23,8 @@ def decode_half_a_pixel_off(deltas, anchors):
 
 
 def detect(predictions, anchors, image_sizes, decode=DECODE, **settings):
-    return DetectionSelector(**settings)(predictions, anchors, image_sizes, decode)
+    inputs = SelectionInputs(predictions, anchors, image_sizes, decode)
+    return DetectionSelector(**settings)(inputs)
 
 
 @pytest.mark.parametrize(
@@ -121,11 +122,12 @@ def test_class_score_is_compared_before_centerness_multiplies_in():
         num_anchors=1,
     )
     anchors = [Boxes(torch.tensor([[0.0, 0, 8, 8], [8, 8, 16, 16]]))]
-    (found,) = select_candidates(predictions, anchors, [(16, 16)], DECODE)
+    inputs = SelectionInputs(predictions, anchors, [(16, 16)], DECODE)
+    (found,) = DetectionSelector().candidates(inputs)
     assert found.boxes.tolist() == [[0.0, 0.0, 8.0, 8.0]]
     score = 0.5 / (1 + np.exp(6.0))
     assert found.scores.item() == pytest.approx(score**0.5, rel=1e-5)
-    (plain,) = select_candidates(predictions, anchors, [(16, 16)], DECODE, sqrt_score=False)
+    (plain,) = DetectionSelector(sqrt_score=False).candidates(inputs)
     assert plain.scores.item() == pytest.approx(score, rel=1e-5)
 
 
@@ -138,7 +140,8 @@ def test_score_just_above_the_threshold_is_a_candidate_and_one_just_below_is_non
         num_anchors=1,
     )
     anchors = [Boxes(torch.tensor([[0.0, 0, 8, 8], [8, 8, 16, 16]]))]
-    (found,) = select_candidates(predictions, anchors, [(16, 16)], DECODE)
+    inputs = SelectionInputs(predictions, anchors, [(16, 16)], DECODE)
+    (found,) = DetectionSelector().candidates(inputs)
     assert found.boxes.tolist() == [[0.0, 0.0, 8.0, 8.0]]
 
 
@@ -148,18 +151,16 @@ def test_fast_and_traceable_detections_are_the_same(num_cells, memory_format):
     sizes = ((16, 24), (8, 12))
     torch.manual_seed(5)
 
-    def maps(depth, shift=0.0):
-        return [
-            (torch.randn(2, num_cells * depth, *size) * 1.5 + shift).to(memory_format=memory_format)
-            for size in sizes
-        ]
+    def maps(num_values, shift=0.0):
+        levels = [torch.randn(2, num_cells * num_values, *size) * 1.5 + shift for size in sizes]
+        return [level.to(memory_format=memory_format) for level in levels]
 
     predictions = DensePredictions(maps(5, -1.0), maps(4), maps(1), num_cells)
     anchors = [Boxes(random_boxes(h * w * num_cells, 128, 192)) for h, w in sizes]
     selector = DetectionSelector(topk_candidates=150, detections_per_image=60)
     image_sizes = [(128, 192), (100, 150)]
-    fast = selector(predictions, anchors, image_sizes, decode_half_a_pixel_off)
-    plain = selector.in_graph(predictions, anchors, image_sizes, decode_half_a_pixel_off)
+    inputs = SelectionInputs(predictions, anchors, image_sizes, decode_half_a_pixel_off)
+    fast, plain = selector(inputs), selector.in_graph(inputs)
     for ours, other in zip(fast, plain):
         assert len(ours) == 60
         torch.testing.assert_close(ours.pred_boxes.tensor, other.boxes)
@@ -174,17 +175,23 @@ def test_suppression_looks_as_far_as_it_must(copies):
     scores = torch.linspace(1, 0.1, len(boxes))
     candidates = Detections(boxes, scores, torch.arange(60).repeat_interleave(copies) % 7)
     everything = suppress(candidates, 0.6, max_detections=-1)
-    assert len(everything) <= 60
-    assert torch.equal(suppress(candidates, 0.6, max_detections=10), everything[:10])
+    assert len(everything.scores) <= 60
+    best = suppress(candidates, 0.6, max_detections=10)
+    for ours, expected in zip(best, everything.at(slice(10))):
+        assert torch.equal(ours, expected)
 
 
 def test_suppression_is_per_class_and_spares_equal_iou():
     # IoU of the first two is 8 / 16; the third repeats the first in another class.
     boxes = torch.tensor([[0.0, 0, 4, 3], [0, 1, 4, 4], [0, 0, 4, 3]])
     candidates = Detections(boxes, torch.tensor([0.9, 0.8, 0.7]), torch.tensor([0, 0, 1]))
-    assert suppress(candidates, nms_thresh=0.5).tolist() == [0, 1, 2]
-    assert suppress(candidates, nms_thresh=0.49).tolist() == [0, 2]
-    assert suppress(candidates, nms_thresh=0.5, max_detections=1).tolist() == [0]
+    for options, kept in (
+        (dict(nms_thresh=0.5), [0, 1, 2]),
+        (dict(nms_thresh=0.49), [0, 2]),
+        (dict(nms_thresh=0.5, max_detections=1), [0]),
+    ):
+        for ours, part in zip(suppress(candidates, **options), candidates):
+            assert torch.equal(ours, part[kept])
 
 
 def test_batch_equals_its_images_one_by_one():

@@ -1,6 +1,7 @@
 import pytest
 import torch
-from atss.postprocessing.proposals import ProposalSelector, log_scores, log_to_logits
+from atss.postprocessing import ProposalSelector, SelectionInputs
+from atss.postprocessing.proposals import log_scores, log_to_logits
 from atss.predictions import DensePredictions
 
 from detectron2.structures import Boxes
@@ -26,7 +27,8 @@ def one_level(logits, centerness=None):
 def select(predictions, anchors, training=False, image_size=(100, 1000), **options):
     selector = ProposalSelector(**options)
     anchors = [Boxes(boxes) for boxes in anchors]
-    return selector(predictions, anchors, [image_size], add_deltas, training)[0]
+    inputs = SelectionInputs(predictions, anchors, [image_size], add_deltas)
+    return selector(inputs, training)[0]
 
 
 def test_logit_of_the_final_score_for_numbers_worked_out_by_hand():
@@ -96,6 +98,7 @@ def test_predictions_that_are_not_finite_stop_training_and_are_left_out_of_evalu
     [
         (dict(pre_nms_topk=(0, 1)), "integer pre_nms_topk >= 1.*PRE_NMS_TOPK_TRAIN"),
         (dict(post_nms_topk=(5,)), "post_nms_topk as two numbers >= 1"),
+        (dict(pre_nms_topk=1000), "pre_nms_topk as two numbers >= 1.*got 1000.*PRE_NMS_TOPK"),
         (dict(nms_thresh=1.5), "1.5"),
         (dict(min_box_size=-1), "-1"),
     ],

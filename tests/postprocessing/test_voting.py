@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import reference_voting
 import torch
-from atss.postprocessing.eager import Detections
+from atss.postprocessing import Detections
 from atss.postprocessing.voting import group_boxes, vote_boxes
 from conftest import golden_cases
 

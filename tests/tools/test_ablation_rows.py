@@ -10,7 +10,7 @@ import pytest
 import torch
 from _ablations import rows as rows_module
 from _ablations.differences import describe_changes, differences, faults, flatten
-from _ablations.rows import CONFIGS, find_rows, load_origin, load_row, select_rows
+from _ablations.rows import CONFIGS, find_rows, load, select_rows
 from atss import model_zoo
 from atss.assigners.ssc import FCOS_SIZE_RANGES
 from atss.training import evaluate_lazy
@@ -41,12 +41,11 @@ def short(row):
     return row.name
 
 
-@functools.cache
-def shared_config(name):
-    """For tests that only look."""
-    cfg = LazyConfig.load(str(CONFIGS / f"{name}.py"))
-    cfg.pop("row", None)
-    return cfg
+def path_of(row):
+    return CONFIGS / f"{row.name}.py"
+
+
+shared_config = functools.cache(load)  # for tests that only look
 
 
 def row_named(name):
@@ -64,9 +63,9 @@ def test_every_row_of_the_tables_is_there_with_the_published_ap():
 
 @pytest.mark.parametrize("row", ROWS, ids=short)
 def test_row_differs_from_its_parent_in_exactly_the_declared_way(row):
-    assert faults(row, load_origin(row), load_row(row)) == []
+    assert faults(row, load(row.origin), load(row.name)) == []
     number = "" if row in RELEASE else f"{row.table}, row {row.number}: {row.title}."
-    assert row.path.read_text().startswith(f'"""{number}')  # the docstring agrees with the data
+    assert path_of(row).read_text().startswith(f'"""{number}')  # the docstring agrees with the data
 
 
 # What the paper's tables say of each row, by the two zero points and what they change.
@@ -170,11 +169,11 @@ def faults_of(name, origin=None, parent=None, **declaration):
     if parent or "same_as" in declaration:
         declaration = {"parent": parent, "same_as": None, **declaration}
     row = dataclasses.replace(row, **declaration)
-    return faults(row, origin or load_origin(row), load_row(row))
+    return faults(row, origin or load(row.origin), load(row.name))
 
 
 def test_parent_that_already_has_a_rows_value_is_a_fault():
-    parent = load_origin(row_named("topk/k3"))
+    parent = load(row_named("topk/k3").origin)
     parent.model.assigner.topk = 3
     equal, declared = faults_of("topk/k3", parent)
     assert "equals ablations/topk/k9: declare it as same_as" in equal
@@ -182,7 +181,7 @@ def test_parent_that_already_has_a_rows_value_is_a_fault():
 
 
 def test_difference_that_is_not_declared_is_a_fault():
-    parent = load_origin(row_named("topk/k3"))
+    parent = load(row_named("topk/k3").origin)
     parent.model.selector.nms_thresh = 0.5
     (fault,) = faults_of("topk/k3", parent)
     assert "in 'model.selector.nms_thresh: 0.5 -> 0.6', which it does not declare" in fault
@@ -206,14 +205,14 @@ def test_row_that_equals_its_parent_must_say_so_and_one_that_says_so_must_equal_
 
 
 def test_row_that_writes_into_the_folder_of_its_parent_is_a_fault():
-    parent = load_origin(row_named("topk/k3"))
+    parent = load(row_named("topk/k3").origin)
     parent.train.output_dir = "output/ablations/topk/k3"
     (fault,) = faults_of("topk/k3", parent)
     assert "has the train.output_dir of ablations/topk/k9" in fault
 
 
 def test_arguments_at_their_defaults_are_no_difference():
-    cfg, spelled_out = load_row(row_named("ssc_box")), load_row(row_named("ssc_box"))
+    cfg, spelled_out = load(row_named("ssc_box").name), load(row_named("ssc_box").name)
     spelled_out.model.assigner.center_sampling_radius = None
     assert differences(cfg, spelled_out) == {}
     spelled_out.model.assigner.center_sampling_radius = 1.5
@@ -225,7 +224,7 @@ def test_arguments_at_their_defaults_are_no_difference():
 def test_differences_are_shown_in_words():
     def words(name):
         row = row_named(name)
-        return describe_changes(row, load_origin(row), load_row(row))
+        return describe_changes(row, load(row.origin), load(row.name))
 
     assert words("topk/k3") == "model.assigner.topk: 9 -> 3"
     assert words("ssc_box") == "model.assigner: IoUAssigner -> SSCAssigner"
@@ -248,7 +247,7 @@ def test_every_row_has_an_output_folder_of_its_own():
 
 
 def test_point_rows_keep_the_stride_as_their_unit_at_every_anchor_scale():
-    cfg = load_row(row_named("fcos_atss"))
+    cfg = load(row_named("fcos_atss").name)
     cfg.model.anchor_generator.sizes.scale = 5
     transform = instantiate(cfg.model.box2box_transform)
     assert transform.anchor_scale == 5
@@ -269,7 +268,7 @@ def test_test_dev_rows_leave_detections_for_the_server_where_there_is_no_ground_
     cv2.imwrite(str(tmp_path / "1.png"), np.full((64, 64, 3), 127, np.uint8))
     name = f"unlabelled_{tmp_path.name}"
     register_coco_instances(name, {}, str(tmp_path / "info.json"), str(tmp_path))
-    cfg = load_row(row_named("sota/R_101"))
+    cfg = load(row_named("sota/R_101").name)
     assert list(cfg.dataloader.test.dataset.names) == ["coco_2017_test-dev"]
     cfg.dataloader.test.dataset.names = [name]
     cfg.dataloader.test.num_workers = 0
@@ -322,7 +321,7 @@ def test_rate_and_decay_follow_the_releases_rule_in_every_model(row):
         is_frozen = name.startswith(tuple(frozen))
         assert expected == (None if is_frozen else values[name.rpartition(".")[2]]), name
 
-    cfg = load_row(row)
+    cfg = load(row.name)
     with torch.device("meta"):
         model = instantiate(cfg.model)
     cfg.optimizer.params.model = model
@@ -352,7 +351,7 @@ _TRIED = set()
 
 @pytest.mark.parametrize("row", ROWS, ids=short)
 def test_row_takes_a_training_step_and_detects(row):
-    cfg = load_row(row)
+    cfg = load(row.name)
     tiny(cfg)
     # Rows that differ in data, schedule or depth alone are one model here.
     kind = str(sorted((k, str(v)) for k, v in flatten(cfg, resolve=True).items() if "model." in k))
@@ -410,7 +409,9 @@ def test_file_without_a_complete_row_is_named(text, words, tmp_path, monkeypatch
 
 
 def test_row_is_saved_with_the_config_of_a_run(tmp_path):
-    LazyConfig.save(LazyConfig.load(str(row_named("topk/k3").path)), str(tmp_path / "config.yaml"))
+    LazyConfig.save(
+        LazyConfig.load(str(path_of(row_named("topk/k3")))), str(tmp_path / "config.yaml")
+    )
     saved = LazyConfig.load(str(tmp_path / "config.yaml"))
     assert saved.row.title == "k = 3" and saved.row.changes == ["model.assigner.topk: 9 -> 3"]
     assert instantiate(saved.model.assigner).topk == 3

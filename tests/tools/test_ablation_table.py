@@ -3,18 +3,16 @@
 import dataclasses
 import json
 import os
-import subprocess
-import sys
 
 import ablation_table
 import pytest
 from _ablations import toy_runs
 from _ablations.report import orderings, plot, results_table, write_report
-from _ablations.rows import find_rows, measured_ap, select_rows
+from _ablations.rows import find_rows, load, measured_ap, select_rows
 from _ablations.toy_runs import AXES, Settings, fingerprint, run_rows, toy_config
 from atss.model_zoo import config_file
 from atss.training import load_lazy_config
-from conftest import REPO
+from conftest import run_tool
 
 ROWS = find_rows()
 TINY = Settings(size="tiny", iterations=2)
@@ -22,14 +20,6 @@ TINY = Settings(size="tiny", iterations=2)
 
 def rows_named(*names):
     return select_rows(ROWS, names)
-
-
-def run_tool(*arguments, cwd):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-    return subprocess.run(
-        [sys.executable, str(REPO / "tools" / "ablation_table.py"), *map(str, arguments)],
-        cwd=cwd, env=environment, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
 
 
 def cells(table):
@@ -57,9 +47,7 @@ def test_list_prints_every_row_with_computed_difference_and_both_figures(tmp_pat
     run.mkdir(parents=True)
     records = [{"iteration": 1, "bbox/AP": 1.0}, {"iteration": 9, "bbox/AP": 37.94}, {"lr": 1}]
     (run / "metrics.json").write_text("\n".join(json.dumps(record) for record in records))
-    process = run_tool("--list", cwd=tmp_path)
-    assert process.returncode == 0, process.stderr
-    header, *lines = cells(process.stdout)
+    header, *lines = cells(run_tool("ablation_table", ["--list"], tmp_path))
     assert header[-2:] == ["published AP", "our AP"] and len(lines) == len(ROWS) >= 45
     by_config = {line[2]: line for line in lines}
     assert by_config["configs/ablations/topk/k3.py"][3:] == [
@@ -92,14 +80,13 @@ def test_check_builds_every_row_at_full_size(capsys):
 
 
 def test_check_of_single_rows_from_the_command_line(tmp_path):
-    process = run_tool("--check", "topk/k3", "configs/ablations/topk/k9.py", cwd=tmp_path)
-    assert process.returncode == 0, process.stderr
-    assert "2 rows built; 0 faults." in process.stdout
+    arguments = ["--check", "topk/k3", "configs/ablations/topk/k9.py"]
+    assert "2 rows built; 0 faults." in run_tool("ablation_table", arguments, tmp_path)
 
 
 def test_check_fails_on_a_row_that_does_not_differ_as_declared(monkeypatch, capsys):
     (row,) = rows_named("topk/k3")
-    monkeypatch.setattr(ablation_table, "load_origin", ablation_table.load_row)
+    monkeypatch.setattr(ablation_table, "load", lambda _: load(row.name))
     assert ablation_table.check_rows([row]) == 1
     assert "which is no difference from ablations/topk/k9" in capsys.readouterr().out
 
@@ -116,7 +103,7 @@ def test_check_fails_on_a_row_that_does_not_differ_as_declared(monkeypatch, caps
 def test_what_the_tool_cannot_do_is_said(arguments, words, monkeypatch):
     monkeypatch.setattr(toy_runs, "register_toy_shapes", lambda: None)
     with pytest.raises(ValueError, match=words):
-        ablation_table.main(arguments)
+        ablation_table.main(ablation_table.parse_arguments(arguments))
 
 
 def test_rows_are_found_by_name_file_and_folder():
@@ -165,7 +152,7 @@ def test_run_with_other_settings_is_another_run_unless_they_have_no_effect(overr
     assert (fingerprint(changed) == fingerprint(toy_config(k3, TINY))) == is_same
 
 
-def test_runs_are_shared_seeded_and_not_repeated(tmp_path, monkeypatch):
+def test_runs_are_shared_seeded_and_not_repeated(tmp_path, monkeypatch, capsys):
     trained = []
 
     def train(cfg):
@@ -174,20 +161,21 @@ def test_runs_are_shared_seeded_and_not_repeated(tmp_path, monkeypatch):
 
     monkeypatch.setattr(toy_runs, "train_lazy", train)
     monkeypatch.setattr(toy_runs, "register_toy_shapes", lambda: None)
-    rows, said = rows_named("topk/k3", "topk/k9", "retinanet_a1_atss"), []
-    results = run_rows(rows, TINY, [1, 2], tmp_path, say=said.append)
+    rows = rows_named("topk/k3", "topk/k9", "retinanet_a1_atss")
+    results = run_rows(rows, TINY, [1, 2], tmp_path)
     assert [entry[:2] for entry in trained] == [(3, 1), (9, 1), (3, 2), (9, 2)]
     assert results["ablations/topk/k9"] == results["ablations/sample_selection/retinanet_a1_atss"]
     # A model that finds nothing has AP 0, not NaN.
     assert [run["bbox"]["AP"] for run in results["ablations/topk/k3"]] == [20.0, 0.0]
-    assert "3 rows, 4 different runs, 4 of them still to train." in said[0]
+    said = capsys.readouterr().out
+    assert said.startswith("3 rows, 4 different runs, 4 of them still to train.\n[1/4] ")
 
     os.remove(f"{trained[0][2]}/result.json")  # as if it had been interrupted
-    again = run_rows(rows, TINY, [1, 2], tmp_path, say=said.append)
+    again = run_rows(rows, TINY, [1, 2], tmp_path)
     assert len(trained) == 5 and trained[-1] == trained[0]
     assert again.keys() == results.keys()
     other = Settings(size="tiny", iterations=3)
-    run_rows(rows[:1], other, [1], tmp_path, say=said.append)
+    run_rows(rows[:1], other, [1], tmp_path)
     assert len(trained) == 6  # other conditions are another run
 
 

@@ -1,9 +1,6 @@
 """tools/benchmark.py: its output, and that the compared work is equal."""
 
 import json
-import os
-import subprocess
-import sys
 
 import benchmark
 import pytest
@@ -12,7 +9,7 @@ from _benchmark import parts, report, timing
 from _benchmark.cases import Contestant, Options
 from _benchmark.whole_models import detectors
 from _reference_models import has_fcos
-from conftest import REPO
+from conftest import REPO, run_tool
 from torch import nn
 
 from detectron2.utils.events import EventStorage
@@ -21,23 +18,12 @@ CPU = torch.device("cpu")
 NAMES = ["ATSS", "RetinaNet"] + (["FCOS"] if has_fcos() else [])
 
 
-def run_benchmark(tmp_path, *arguments):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-    process = subprocess.run(
-        [sys.executable, str(REPO / "tools/benchmark.py"), *map(str, arguments)],
-        cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-    output = process.stdout + process.stderr
-    assert process.returncode == 0, output[-3000:]
-    return output
-
-
 def tiny_options(**changes):
     options = dict(
-        image_size=(96, 128), objects=(1, 3), batch_sizes=(2,), num_classes=5, other_num_classes=(),
-        size_factors=(), model="toy/atss_toy",
+        device=CPU, image_size=(96, 128), objects=[1, 3], batch_sizes=[2], num_classes=5,
+        no_growth=True, model="toy/atss_toy",
     )  # fmt: skip
-    return Options(CPU, **{**options, **changes})
+    return Options(**{**options, **changes})
 
 
 @pytest.fixture(autouse=True)
@@ -53,17 +39,18 @@ def test_tool_writes_tables_json_plot_and_page(tmp_path):
         "Before.\n" + "".join(f"<!-- benchmark {n} -->\nstale\n<!-- end -->\n" for n in names)
         + "After.\n"
     )  # fmt: skip
-    text = run_benchmark(
-        tmp_path, *names, "--image-size", "64x96", "--objects", 1, 20, "--batch-sizes", 1,
+    arguments = [
+        *names, "--image-size", "64x96", "--objects", 1, 20, "--batch-sizes", 1, "--output", "out",
         "--num-classes", 3, "--repeats", 1, "--model", "toy/atss_toy", "--threads", 1,
-        "--output", "out", "--markdown", page,
-    )  # fmt: skip
+    ]  # fmt: skip
+    text = run_tool("benchmark", [*arguments, "--markdown", page], tmp_path)
     assert ("FCOS is skipped" in text) == (not has_fcos())
 
     result = json.loads((tmp_path / "out/benchmark.json").read_text())
     assert {row["part"] for row in result["rows"]} == set(names)
     assert result["environment"]["torch"] == torch.__version__
     assert result["arguments"]["image_size"] == [64, 96]
+    assert result["arguments"]["device"] == "cpu"
     for row in result["rows"]:
         for measured in row["contestants"].values():
             assert 0 < measured["min_ms"] <= measured["median_ms"]
@@ -81,7 +68,8 @@ def test_tool_writes_tables_json_plot_and_page(tmp_path):
     written = page.read_text()
     assert written.startswith("Before.\n") and written.endswith("After.\n")
     assert "stale" not in written and written.count("| ATSS") >= 2
-    assert "`python tools/benchmark.py assign loss post" in written
+    del arguments[(start := arguments.index("--output")) : start + 2]
+    assert f"`python tools/benchmark.py {' '.join(map(str, arguments))}`: " in written
     assert str(tmp_path) not in written and "RetinaNet / ATSS" in written
 
 
@@ -189,7 +177,7 @@ def test_contestants_take_turns_with_inputs_of_their_own():
 
     result = timing.race([contestant("a"), contestant("b")], CPU, repeats=2, warmup=1, memory=False)
     assert order == ["a", "b", "a", "b", "b", "a"]
-    assert result["a"].rounds == 2 and result["a"].minimum <= result["a"].median
+    assert result["a"].rounds == 2 and result["a"].min_ms <= result["a"].median_ms
     assert result["a"].peak_bytes is None
 
 

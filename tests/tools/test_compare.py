@@ -15,6 +15,10 @@ from detectron2.modeling.meta_arch.retinanet import RetinaNet
 METRICS = dict.fromkeys(("AP", "AP50", "AP75", "APs", "APm", "APl"), 12.34)
 
 
+def run(arguments):
+    compare.main(compare.parse_arguments(arguments))
+
+
 @pytest.fixture
 def trained(monkeypatch):
     """Configs that would be trained; nothing is."""
@@ -37,17 +41,17 @@ def test_fcos_that_detectron2_does_not_have_is_refused_before_anything_is_traine
     monkeypatch.setattr(compare, "has_fcos", lambda: False)
     output = ["--output", str(tmp_path / "out")]
     with pytest.raises(ValueError, match="has no FCOS, only its main branch does.* --models ATSS"):
-        compare.main(["detectors", "--models", "ATSS", "FCOS", *output])
+        run(["detectors", "--models", "ATSS", "FCOS", *output])
     assert trained == []
 
-    compare.main(["detectors", *output])  # asked for by nobody: skipped, and said
+    run(["detectors", *output])  # asked for by nobody: skipped, and said
     assert len(trained) == 2 and "FCOS is skipped: Detectron2" in capsys.readouterr().out
 
 
 def test_detectors_have_equal_backbones_and_their_results_are_written(trained, tmp_path, capsys):
     names = ["ATSS", "RetinaNet"] + ["FCOS"] * _reference_models.has_fcos()
     overrides = ["model.num_classes=3", "model.backbone.out_channels=32"]
-    compare.main(["detectors", *overrides, "--seconds", "1", "--output", str(tmp_path / "new")])
+    run(["detectors", *overrides, "--seconds", "1", "--output", str(tmp_path / "new")])
     assert all(cfg.model.backbone == trained[0].model.backbone for cfg in trained)
     assert [cfg.model.num_classes for cfg in trained] == [3] * len(names)
     assert {cfg.dataloader.train.mapper.image_format for cfg in trained} == {"BGR"}
@@ -61,7 +65,7 @@ def test_detectors_have_equal_backbones_and_their_results_are_written(trained, t
 
 def test_first_stages_differ_in_nothing_else(trained, tmp_path):
     arguments = ["proposals", "--iterations", "5", "--batch-size", "2", "--seed", "3"]
-    compare.main([*arguments, "--output", str(tmp_path)])
+    run([*arguments, "--output", str(tmp_path)])
     rpn, atss = trained
     assert [cfg.model.proposal_generator._target_.__name__ for cfg in trained] == ["RPN", "ATSS"]
     for cfg in trained:
@@ -79,7 +83,7 @@ def test_first_stages_differ_in_nothing_else(trained, tmp_path):
 def test_rpn_proposes_as_many_boxes_as_atss():
     cfg = get_config("toy/faster_rcnn_atss_toy")
     selector = cfg.model.proposal_generator.selector
-    compare.use_rpn(cfg)
+    cfg.model.proposal_generator = compare.rpn(selector)
     rpn = instantiate(cfg.model).proposal_generator
     assert rpn.pre_nms_topk == {True: selector.pre_nms_topk[0], False: selector.pre_nms_topk[1]}
     assert rpn.post_nms_topk == {True: selector.post_nms_topk[0], False: selector.post_nms_topk[1]}

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import install_detectron2
 import pytest
-from _install.patches import ADDED_FILES, PATCHES, Patch, PatchError, apply_patches
+from _install.patches import ADDED_FILES, PATCHES, Patch, PatchError
 from install_detectron2 import InstallError, check_hash, find_installed, install, official_obstacle
 
 SCRIPT = Path(install_detectron2.__file__)
@@ -116,8 +116,9 @@ def test_every_patch_is_tested():
 
 @pytest.mark.parametrize("path", BEFORE_AND_AFTER)
 def test_patch_changes_its_places_only(release, path):
-    apply_patches(release, [patch for patch in PATCHES if patch.path == f"detectron2/{path}"])
-
+    for patch in PATCHES:
+        if patch.path == f"detectron2/{path}":
+            patch.apply(release)
     for other, (before, after) in BEFORE_AND_AFTER.items():
         assert (release / "detectron2" / other).read_text() == (after if other == path else before)
 
@@ -134,7 +135,7 @@ def test_patch_with_more_places_than_declared_is_an_error(release):
     file = release / "detectron2/data/build.py"
     file.write_text(file.read_text() + "e = np.int(1)\n")
     with pytest.raises(PatchError, match="build.py: 3 places .* expected 2"):
-        apply_patches(release, PATCHES)
+        PATCHES[0].apply(release)
 
 
 def test_patch_of_a_missing_file_names_it(tmp_path):

@@ -1,18 +1,17 @@
 """The training tools as a user runs them: real processes, real files, two small images a step."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 import torch
-from atss.data import ToyShapesOptions
-from atss.data.toy_shapes import render_dataset, split_paths
-from conftest import REPO
+from atss.training import load_lazy_config
+from conftest import REPO, run_tool, your_data
+
+from detectron2.config import instantiate
 
 TINY_LAZY = [
     "model.backbone.stem_out_channels=32", "model.backbone.norm=GN",
@@ -27,34 +26,16 @@ TINY_YAML = [
     "SOLVER.AMP.ENABLED", "False", "SOLVER.CHANNELS_LAST", "False", "TEST.EVAL_PERIOD", "0",
     "SOLVER.CHECKPOINT_PERIOD", "10", "INPUT.MIN_SIZE_TRAIN", "(64,)", "INPUT.MIN_SIZE_TEST", "64",
 ]  # fmt: skip
+LAZY = "lazyconfig_train_net"
+TOOLS = ["train_net", LAZY, "plain_train_net"]
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     """Command-line options for a set of ten images with four classes."""
     root = tmp_path_factory.mktemp("shapes")
-    options = ToyShapesOptions(
-        image_size=64, num_train=10, num_val=4, max_size=40, num_classes=4, max_objects=3
-    )
-    folder = render_dataset(root, options)
-    arguments = []
-    for split in ("train", "val"):
-        paths = split_paths(folder, split)
-        arguments += [f"--{split}-json", str(paths.json_file), f"--{split}-images"]
-        arguments += [str(paths.image_root)]
-    return arguments
-
-
-def run_tool(tool, arguments, cwd, ok=True, warnings="ignore"):
-    """Output of a tool, which must succeed, or fail, as expected."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": warnings}
-    process = subprocess.run(
-        [sys.executable, str(REPO / "tools" / f"{tool}.py"), *map(str, arguments)],
-        cwd=cwd, env=environment, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-    output = process.stdout + process.stderr
-    assert (process.returncode == 0) == ok, output[-3000:]
-    return output
+    options = your_data(root, num_train=10, num_val=4, num_classes=4).items()
+    return [part for key, value in options for part in (f"--{key.replace('_', '-')}", value)]
 
 
 def arguments_for(tool, output, data, max_iter, *overrides):
@@ -64,22 +45,34 @@ def arguments_for(tool, output, data, max_iter, *overrides):
     else:
         config = ["--config-file", REPO / "configs/toy/atss_toy.py"]
         opts = [*TINY_LAZY, f"train.max_iter={max_iter}", f"train.output_dir={output}"]
-    flags = [o for o in overrides if str(o).startswith("--")]
-    return [*config, *flags, *data, *opts, *(o for o in overrides if o not in flags)]
+    return [*config, *data, *opts, *overrides]
+
+
+def train(tool, folder, data, max_iter, flags=(), overrides=(), **options):
+    """Output of a training tool that works in `folder` and writes below `folder / "out"`."""
+    arguments = arguments_for(tool, folder / "out", data, max_iter, *overrides)
+    return run_tool(tool, [*flags, *arguments], folder, **options)
+
+
+def mistake(*arguments, **options):
+    """Last line of what a training tool that fails says."""
+    text = train(*arguments, **options, ok=False)
+    assert "Traceback" not in text
+    return text.strip().splitlines()[-1]
 
 
 def records(output):
-    return [json.loads(line) for line in (Path(output) / "metrics.json").read_text().splitlines()]
+    return [json.loads(line) for line in (output / "metrics.json").read_text().splitlines()]
 
 
 def weights(file):
     return torch.load(file, map_location="cpu", weights_only=False)["model"]
 
 
-@pytest.mark.parametrize("tool", ["train_net", "lazyconfig_train_net", "plain_train_net"])
+@pytest.mark.parametrize("tool", TOOLS)
 def test_twenty_iterations_resume_where_they_stopped(tool, data, tmp_path):
     output = tmp_path / "out"
-    text = run_tool(tool, arguments_for(tool, output, data, 20), tmp_path)
+    text = train(tool, tmp_path, data, 20)
     assert "4 classes" in text, text[:1500]  # read from the file, and said
     assert (output / "model_0000009.pth").exists() and (output / "model_final.pth").exists()
     whole_rates = {r["iteration"]: r["lr"] for r in records(output) if "lr" in r}
@@ -87,83 +80,63 @@ def test_twenty_iterations_resume_where_they_stopped(tool, data, tmp_path):
     # As if it had been interrupted after ten of the twenty iterations.
     (output / "last_checkpoint").write_text("model_0000009.pth")
     (output / "metrics.json").unlink()
-    text = run_tool(tool, arguments_for(tool, output, data, 20, "--resume"), tmp_path)
+    text = train(tool, tmp_path, data, 20, ["--resume"])
     assert "Starting training from iteration 10" in text
     resumed = {r["iteration"]: r["lr"] for r in records(output) if "lr" in r}
     assert resumed and min(resumed) > 9 and max(resumed) == 19
-    for iteration, rate in resumed.items():
-        if iteration in whole_rates:
-            assert rate == pytest.approx(whole_rates[iteration], rel=1e-6)
-    assert set(resumed) & set(whole_rates)
+    common = set(resumed) & set(whole_rates)
+    assert common
+    for iteration in common:
+        assert resumed[iteration] == pytest.approx(whole_rates[iteration], rel=1e-6)
 
 
 def test_evaluating_a_checkpoint_gives_what_training_ended_with(data, tmp_path):
-    output = tmp_path / "out"
-    tool = "lazyconfig_train_net"
-    train = [*arguments_for(tool, output, data, 6), "model.selector.score_thresh=0.0"]
-    run_tool(tool, train, tmp_path)
-    trained = [r for r in records(output) if "bbox/AP" in r][-1]
-    text = run_tool(
-        tool,
-        [
-            *arguments_for(tool, tmp_path / "eval", data, 6, "--eval-only"),
-            "model.selector.score_thresh=0.0",
-            f"train.init_checkpoint={output / 'model_final.pth'}",
-        ],
-        tmp_path,
-    )
-    assert ap_of(text) == pytest.approx(trained["bbox/AP"], abs=1e-3)
-
-
-def ap_of(text):
+    overrides = ["model.selector.score_thresh=0.0"]
+    train("lazyconfig_train_net", tmp_path, data, 6, overrides=overrides)
+    trained = [r for r in records(tmp_path / "out") if "bbox/AP" in r][-1]
+    overrides += [
+        f"train.init_checkpoint={tmp_path / 'out/model_final.pth'}",
+        f"train.output_dir={tmp_path / 'eval'}",
+    ]
+    text = train("lazyconfig_train_net", tmp_path, data, 6, ["--eval-only"], overrides)
     line = [line for line in text.splitlines() if "copypaste" in line][-1]
-    return float(line.rsplit(" ", 1)[1].split(",")[0])
+    ap = float(line.rsplit(" ", 1)[1].split(",")[0])
+    assert ap == pytest.approx(trained["bbox/AP"], abs=1e-3)
 
 
-@pytest.mark.parametrize("tool", ["train_net", "lazyconfig_train_net", "plain_train_net"])
+@pytest.mark.parametrize("tool", TOOLS)
 def test_eval_only_with_resume_takes_the_last_checkpoint_or_says_there_is_none(
     tool, data, tmp_path
 ):
-    flags = ("--eval-only", "--resume")
-    text = run_tool(tool, arguments_for(tool, tmp_path, data, 6, *flags), tmp_path, ok=False)
-    assert "there is no checkpoint" in text.strip().splitlines()[-1]
+    flags = ["--eval-only", "--resume"]
+    assert "there is no checkpoint" in mistake(tool, tmp_path, data, 6, flags)
 
-    (tmp_path / "last_checkpoint").write_text("other.pth")
-    torch.save({"model": {"not.ours": torch.zeros(1)}}, tmp_path / "other.pth")
-    text = run_tool(tool, arguments_for(tool, tmp_path, data, 6, *flags), tmp_path, ok=False)
-    assert "match no parameter" in text.strip().splitlines()[-1]  # so it is that file that is read
+    (tmp_path / "out/last_checkpoint").write_text("other.pth")
+    torch.save({"model": {"not.ours": torch.zeros(1)}}, tmp_path / "out/other.pth")
+    # So it is that file that is read.
+    assert "match no parameter" in mistake(tool, tmp_path, data, 6, flags)
 
 
 def test_two_processes_equal_one_with_the_same_global_batch(data, tmp_path):
-    tool = "lazyconfig_train_net"
-    # Without flips: processes draw different random numbers. The sampler deals images in turn, so
-    # two workers of one image see the batches of one worker of two.
-    common = [
-        "dataloader.train.mapper.augmentations.1.prob=0.0",
+    overrides = [
         "train.seed=3",
         "train.checkpointer.period=100",
-        "dataloader.train.aspect_ratio_grouping=False",
         "optimizer._target_=torch.optim.SGD",
+        f"train.init_checkpoint={tmp_path / 'initial.pth'}",
     ]
+    cfg = load_lazy_config(
+        str(REPO / "configs/toy/atss_toy.py"), [*TINY_LAZY[:2], "model.num_classes=4"]
+    )
+    torch.save({"model": instantiate(cfg.model).state_dict()}, tmp_path / "initial.pth")
     results = []
     for processes in (1, 2):
-        output = tmp_path / f"out{processes}"
-        arguments = arguments_for(tool, output, data, 4)
-        where = arguments.index(TINY_LAZY[0])
-        arguments[where:where] = ["--num-gpus", processes]
-        sampler = "dataloader.train.sampler"
-        seeded = [
-            *common,
-            f"{sampler}._target_=detectron2.data.samplers.TrainingSampler",
-            f"{sampler}.size=10",
-            f"{sampler}.seed=5",
-        ]
-        initial = [f"train.init_checkpoint={tmp_path / 'initial.pth'}"]
-        if processes == 1:
-            make_initial_weights(tmp_path / "initial.pth")
-        text = run_tool(tool, [*arguments, *seeded, *initial], tmp_path, warnings="default")
+        folder = tmp_path / str(processes)
+        folder.mkdir()
+        flags = ["--num-gpus", processes]
+        tool = "lazyconfig_train_net"
+        text = train(tool, folder, data, 4, flags, overrides, warnings="default")
         assert "FutureWarning" not in text
-        results.append(weights(output / "model_final.pth"))
+        results.append(weights(folder / "out/model_final.pth"))
     start = weights(tmp_path / "initial.pth")
     moved = 0
     for name, one in results[0].items():
@@ -172,47 +145,34 @@ def test_two_processes_equal_one_with_the_same_global_batch(data, tmp_path):
     assert moved > 50  # they did train
 
 
-def make_initial_weights(file):
-    from atss.training import load_lazy_config
-
-    from detectron2.config import instantiate
-
-    torch.manual_seed(0)
-    cfg = load_lazy_config(
-        str(REPO / "configs/toy/atss_toy.py"), [*TINY_LAZY[:2], "model.num_classes=4"]
-    )
-    torch.save({"model": instantiate(cfg.model).state_dict()}, file)
-
-
 @pytest.mark.parametrize(
-    "tool, overrides, words",
+    "tool, flags, overrides, words",
     [
-        ("lazyconfig_train_net", ["model.num_classes=7"], ["num_classes=7", "4 classes"]),
-        ("train_net", ["MODEL.ATSS.NUM_CLASSES", 7], ["num_classes=7", "4 classes"]),
-        ("lazyconfig_train_net", ["--resume"], ["FileNotFoundError", "no checkpoint in"]),
-        ("plain_train_net", ["--resume"], ["FileNotFoundError", "no checkpoint in"]),
-        ("train_net", ["MODEL.WEIGHTS", "missing.pth"], ["FileNotFoundError", "missing.pth"]),
+        (LAZY, [], ["model.num_classes=7"], ["num_classes=7", "4 classes"]),
+        ("train_net", [], ["MODEL.ATSS.NUM_CLASSES", 7], ["num_classes=7", "4 classes"]),
+        (LAZY, ["--resume"], [], ["FileNotFoundError", "no checkpoint in"]),
+        ("plain_train_net", ["--resume"], [], ["FileNotFoundError", "no checkpoint in"]),
+        ("train_net", [], ["MODEL.WEIGHTS", "no.pth"], ["FileNotFoundError", "no.pth"]),
+        (LAZY, [], ["train.init_checkpoint=other.pth"], ["match no parameter"]),
+        (LAZY, ["--train-json", "nowhere.json"], [], ["nowhere.json"]),
     ],
 )
-def test_mistakes_end_in_one_line_and_exit_code_one(tool, overrides, words, data, tmp_path):
-    text = run_tool(
-        tool, arguments_for(tool, tmp_path / "out", data, 2, *overrides), tmp_path, False
-    )
-    last = text.strip().splitlines()[-1]
-    assert all(word in last for word in words), text[-1500:]
+def test_mistakes_end_in_one_line_and_exit_code_one(tool, flags, overrides, words, data, tmp_path):
+    torch.save({"model": {"fc.weight": torch.zeros(2, 2)}}, tmp_path / "other.pth")
+    data = data[2:] if "--train-json" in flags else data
+    last = mistake(tool, tmp_path, data, 2, flags, overrides)
+    assert all(word in last for word in words), last
 
 
-@pytest.mark.parametrize("tool", ["train_net", "lazyconfig_train_net", "plain_train_net"])
+@pytest.mark.parametrize("tool", TOOLS)
 def test_training_on_your_data_needs_no_validation_set(tool, data, tmp_path):
-    output = tmp_path / "out"
-    text = run_tool(tool, arguments_for(tool, output, data[:4], 2), tmp_path)
-    assert "nothing will be evaluated" in text
-    assert (output / "model_final.pth").exists() and (output / "config.yaml").exists()
+    assert "nothing will be evaluated" in train(tool, tmp_path, data[:4], 2)
+    assert (tmp_path / "out/model_final.pth").exists() and (tmp_path / "out/config.yaml").exists()
 
 
 def test_screen_is_short_and_the_rest_is_in_the_log(data, tmp_path):
-    tool, output = "lazyconfig_train_net", tmp_path / "out"
-    text = run_tool(tool, arguments_for(tool, output, data, 5), tmp_path, warnings="default")
+    output = tmp_path / "out"
+    text = train(LAZY, tmp_path, data, 5, warnings="default")
     before = text.partition("total_loss")[0].splitlines()
     assert len(before) < 30, text
     for word in (
@@ -226,9 +186,9 @@ def test_screen_is_short_and_the_rest_is_in_the_log(data, tmp_path):
     assert "FutureWarning" not in text and "\x1b" not in text + log
 
     # A second run into the folder is not silent; a run that is finished says so.
-    text = run_tool(tool, arguments_for(tool, output, data, 2), tmp_path)
+    text = train(LAZY, tmp_path, data, 2)
     assert f"{output} has the results of an earlier run" in text
-    text = run_tool(tool, arguments_for(tool, output, data, 2, "--resume"), tmp_path)
+    text = train(LAZY, tmp_path, data, 2, ["--resume"])
     assert "results of an earlier run" not in text
     assert (
         "This run is finished: its last checkpoint has 2 iterations. Raise train.max_iter" in text
@@ -241,14 +201,8 @@ def test_truncated_image_ends_training_in_one_line_that_names_it(data, tmp_path)
     for file in images.iterdir():
         file.write_bytes(file.read_bytes()[:-3000])
     yours = ["--train-json", data[1], "--train-images", images]
-    tool = "lazyconfig_train_net"
-    overrides = ["dataloader.train.num_workers=1"]
-    text = run_tool(
-        tool, arguments_for(tool, tmp_path / "o", yours, 2, *overrides), tmp_path, False
-    )
-    last = text.strip().splitlines()[-1]
+    last = mistake(LAZY, tmp_path, yours, 2, overrides=["dataloader.train.num_workers=1"])
     assert last.startswith(f"ValueError: {images}") and "Replace the file" in last
-    assert "Traceback" not in text
 
 
 def test_mistakes_of_several_processes_end_in_one_line_whatever_their_class(data, tmp_path):
@@ -256,50 +210,13 @@ def test_mistakes_of_several_processes_end_in_one_line_whatever_their_class(data
         "import multiprocessing\nclass Own(ValueError): pass\n"
         "if multiprocessing.parent_process(): raise Own('dear')\n"
     )
-    arguments = arguments_for("lazyconfig_train_net", tmp_path / "out", data, 2)
-    start = arguments.index(data[0])
     for flags, message in (
         (["--import", "mistaken"], "Own: dear"),
         ([], "A batch of 3 images cannot be shared by 2 processes"),
     ):
-        given = [*arguments[:start], "--num-gpus", "2", *flags, *arguments[start:]]
-        text = run_tool(
-            "lazyconfig_train_net", [*given, "dataloader.train.total_batch_size=3"], tmp_path, False
-        )
-        assert message in text.strip().splitlines()[-1], text[-3000:]
-        assert "Traceback" not in text
-
-
-def test_your_own_part_is_imported_and_takes_its_own_keys(data, tmp_path):
-    (tmp_path / "my_rule.py").write_text(
-        "from atss import ASSIGNER_REGISTRY, ATSSAssigner\n\n\n"
-        "@ASSIGNER_REGISTRY.register()\nclass MyRule(ATSSAssigner):\n"
-        "    def __init__(self, my_key=1):\n        super().__init__(topk=my_key)\n"
-        "        print('my key is', my_key)\n"
-    )
-    name = "MODEL.ATSS.ASSIGNER"
-    overrides = ["--import", "my_rule", f"{name}.NAME", "MyRule", f"{name}.MY_KEY", "3"]
-    arguments = arguments_for("train_net", tmp_path / "out", data, 2)
-    text = run_tool("train_net", [*arguments[:2], *overrides[:2], *arguments[2:], *overrides[2:]],
-                    tmp_path)  # fmt: skip
-    assert "my key is 3" in text
-
-
-def test_weights_of_something_else_are_refused(data, tmp_path):
-    torch.save({"model": {"fc.weight": torch.zeros(2, 2)}}, tmp_path / "other.pth")
-    tool = "lazyconfig_train_net"
-    overrides = [f"train.init_checkpoint={tmp_path / 'other.pth'}"]
-    text = run_tool(
-        tool, arguments_for(tool, tmp_path / "out", data, 2, *overrides), tmp_path, False
-    )
-    assert "match no parameter" in text.strip().splitlines()[-1], text[-1500:]
-
-
-def test_missing_annotation_file_is_named(data, tmp_path):
-    broken = ["--train-json", "nowhere.json", *data[2:]]
-    tool = "lazyconfig_train_net"
-    text = run_tool(tool, arguments_for(tool, tmp_path / "out", broken, 2), tmp_path, False)
-    assert "nowhere.json" in text.strip().splitlines()[-1]
+        overrides = ["dataloader.train.total_batch_size=3"]
+        last = mistake(LAZY, tmp_path, data, 2, ["--num-gpus", "2", *flags], overrides)
+        assert message in last
 
 
 def test_demo_leaves_pictures_and_checkpoint(tmp_path):
@@ -312,24 +229,15 @@ def test_demo_leaves_pictures_and_checkpoint(tmp_path):
         tmp_path,
     )  # fmt: skip
     assert "AP50" in text and "Try next" in text
-    for name in (
-        "detections.png",
-        "positives.png",
-        "curves.png",
-        "metrics.json",
-        "model_final.pth",
-    ):
+    pictures = ["detections.png", "positives.png", "curves.png"]
+    for name in (*pictures, "metrics.json", "model_final.pth"):
         assert (tmp_path / "demo" / name).stat().st_size > 0, name
 
 
 def test_assignments_of_own_images_are_drawn(data, tmp_path):
-    run_tool(
-        "visualize_assignments",
-        ["--json", data[5], "--images", data[7], "--rules", "atss", "iou", "--output", "a.png"],
-        tmp_path,
-    )
-    import cv2
-
+    tool = "visualize_assignments"
+    options = ["--rules", "atss", "iou", "--output", "a.png"]
+    run_tool(tool, ["--json", data[5], "--images", data[7], *options], tmp_path)
     assert cv2.imread(str(tmp_path / "a.png")).shape[0] > 2 * 64
     large = tmp_path / "large"
     large.mkdir()
@@ -342,9 +250,7 @@ def test_assignments_of_own_images_are_drawn(data, tmp_path):
     content["annotations"] = [a for a in content["annotations"] if a["image_id"] == first]
     (tmp_path / "large.json").write_text(json.dumps(content))
     options = ["--rules", "atss", "--levels", "2", "--output", "b.png"]
-    run_tool(
-        "visualize_assignments", ["--json", "large.json", "--images", large, *options], tmp_path
-    )
+    run_tool(tool, ["--json", "large.json", "--images", large, *options], tmp_path)
     assert cv2.imread(str(tmp_path / "b.png")).shape[1] == 2 * 640 + 4
-    text = run_tool("visualize_assignments", ["--json", data[5]], tmp_path, ok=False)
+    text = run_tool(tool, ["--json", data[5]], tmp_path, ok=False)
     assert "--json and --images need each other" in text

@@ -9,20 +9,20 @@ import export_model
 import pytest
 import torch
 from atss.checkpoint import ATSSCheckpointer, convert_checkpoint, override_weights, read_checkpoint
-from atss.data import ToyShapesOptions
-from atss.data.toy_shapes import render_dataset, split_paths
 from atss.trainer import Trainer
 from atss.training import (
     build_model,
     choose_data,
     evaluate_checkpoint,
+    evaluation,
     load_lazy_config,
     load_yaml_config,
-    runs,
+    set_up_run,
     train_lazy,
 )
-from atss.training.configs import compare_with_saved, put_setting, save_config
-from conftest import REPO
+from atss.training.saved_configs import compare_with_saved, save_config
+from atss.training.settings import put_setting
+from conftest import REPO, your_data
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
@@ -45,15 +45,7 @@ YAML = [
 def data(tmp_path_factory):
     """Options for your data: a set of six images with two classes."""
     root = tmp_path_factory.mktemp("shapes")
-    options = ToyShapesOptions(
-        image_size=64, num_train=4, num_val=2, max_size=40, num_classes=2, max_objects=3
-    )
-    folder = render_dataset(root, options)
-    train, val = (split_paths(folder, split) for split in ("train", "val"))
-    return {
-        "train_json": str(train.json_file), "train_images": str(train.image_root),
-        "val_json": str(val.json_file), "val_images": str(val.image_root),
-    }  # fmt: skip
+    return your_data(root, num_train=4, num_val=2, num_classes=2)
 
 
 @pytest.fixture(autouse=True)
@@ -92,7 +84,7 @@ def train(kind, cfg, output, resume=False):
 
 
 def evaluate(kind, cfg, monkeypatch, **options):
-    monkeypatch.setattr(runs, "inference_on_dataset", lambda *_: {"bbox": {"AP": 1.0}})
+    monkeypatch.setattr(evaluation, "inference_on_dataset", lambda *_: {"bbox": {"AP": 1.0}})
     monkeypatch.setattr(
         "detectron2.engine.defaults.inference_on_dataset", lambda *_: {"bbox": {"AP": 1.0}}
     )
@@ -164,16 +156,23 @@ def test_the_saved_config_of_a_run_has_the_geometry_of_its_weights(kind, data, t
     assert model.pixel_mean.flatten().tolist() == pytest.approx([102.9801, 115.9465, 122.7717])
 
 
-def test_missing_weights_are_named_before_the_data_are_read(data, tmp_path, monkeypatch):
-    cfg = load("lazy", tmp_path, data, "train.init_checkpoint=detectron2://gone.pkl")
-    monkeypatch.setattr(runs, "build_step_trainer", lambda *_: pytest.fail("the data were read"))
+@pytest.mark.parametrize(
+    "kind, override",
+    [
+        ("lazy", ["train.init_checkpoint=detectron2://gone.pkl"]),
+        ("yaml", ["MODEL.WEIGHTS", "detectron2://gone.pkl"]),
+    ],
+)
+def test_missing_weights_are_named_before_training(kind, override, data, tmp_path, monkeypatch):
+    cfg = load(kind, tmp_path / "out", data, *override)
 
     def refuse(*_, **__):
         raise OSError("no route to host")
 
     monkeypatch.setattr("atss.checkpoint.files.PathManager.get_local_path", refuse)
     with pytest.raises(ValueError, match="Cannot get detectron2://gone.pkl .*no route to host"):
-        train_lazy(cfg)
+        set_up_run(cfg, argparse.Namespace())
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(

@@ -9,14 +9,13 @@ import pytest
 import torch
 from atss import tta
 from atss.checkpoint import ATSSCheckpointer
-from atss.data import ToyShapesOptions
-from atss.data.toy_shapes import render_dataset, split_paths
 from atss.trainer import Trainer
 from atss.training import (
     build_model,
     choose_data,
-    configs,
+    command_line,
     evaluate_checkpoint,
+    evaluation,
     import_modules,
     launch,
     load_lazy_config,
@@ -24,9 +23,14 @@ from atss.training import (
     loop,
     runs,
     set_up_run,
+    settings,
     setup,
+    training_parser,
 )
-from conftest import REPO, make_input, tiny_detector
+from conftest import REPO, make_input, restored_logs, tiny_detector, your_data
+
+from detectron2.engine import DefaultTrainer
+from detectron2.engine.hooks import PreciseBN
 
 TOOLS = ["train_net", "lazyconfig_train_net", "plain_train_net"]
 LAZY = (
@@ -45,17 +49,7 @@ YAML = (str(REPO / "configs/toy/atss_toy.yaml"), ["MODEL.DEVICE", "cpu"])
 def data(tmp_path_factory):
     """Options for your data: a set of six images with two classes."""
     root = tmp_path_factory.mktemp("shapes")
-    options = ToyShapesOptions(
-        image_size=64, num_train=4, num_val=2, max_size=40, num_classes=2, max_objects=3
-    )
-    folder = render_dataset(root, options)
-    paths = {split: split_paths(folder, split) for split in ("train", "val")}
-    return {
-        "train_json": str(paths["train"].json_file),
-        "train_images": str(paths["train"].image_root),
-        "val_json": str(paths["val"].json_file),
-        "val_images": str(paths["val"].image_root),
-    }
+    return your_data(root, num_train=4, num_val=2, num_classes=2)
 
 
 def test_evaluating_without_weights_is_refused_with_both_ways_out():
@@ -78,7 +72,7 @@ def test_both_kinds_of_config_take_your_data_and_its_classes(name, data):
         model = build_model(cfg)
         final = model.roi_heads if "rcnn" in name else model.proposal_generator.head
         assert final.num_classes == 2
-        assert configs.get_setting(cfg, "train_sets")[0] == "own_train"
+        assert settings.get_setting(cfg, "train_sets")[0] == "own_train"
 
 
 @pytest.mark.parametrize("tool", TOOLS)
@@ -96,7 +90,6 @@ def test_eval_only_prepares_and_augments_as_the_config_says(tool, data, tmp_path
                     f"train.output_dir={tmp_path}"]  # fmt: skip
     opts = [*opts, *settings]
     args = argparse.Namespace(config_file=file, opts=opts, eval_only=True, resume=True, **data)
-    assert module.device_of(args) == "cpu"
     cfg = load(file, opts)
     choose_data(cfg, args)
     model = build_model(cfg)
@@ -108,7 +101,7 @@ def test_eval_only_prepares_and_augments_as_the_config_says(tool, data, tmp_path
         evaluated.append(model)
         return {"bbox": {"AP": float(len(evaluated))}}
 
-    monkeypatch.setattr(runs, "inference_on_dataset", evaluate)
+    monkeypatch.setattr(evaluation, "inference_on_dataset", evaluate)
     monkeypatch.setattr("detectron2.engine.defaults.inference_on_dataset", evaluate)
     monkeypatch.setattr(module, "set_up_run", lambda *_: None)
 
@@ -134,6 +127,13 @@ def test_device_of_the_config_decides_how_workers_talk(monkeypatch):
     assert spawned == [2]
     with pytest.raises(ValueError, match="2 processes need as many GPUs, this machine has 1"):
         launch.launch(print, 2, device="cuda")
+
+    asked = []
+    monkeypatch.setattr(command_line, "launch", lambda *_, device, **__: asked.append(device))
+    for (file, opts), load in ((LAZY, load_lazy_config), (YAML, load_yaml_config)):
+        options = ["--config-file", file, "--num-gpus", "2", *opts]
+        command_line.run(print, training_parser("").parse_args(options), load)
+    assert asked == ["cpu", "cpu"]
 
 
 @pytest.mark.parametrize(
@@ -172,11 +172,11 @@ def test_override_may_change_what_constructors_take():
     overrides = [
         "model.anchor_generator.offset=0", "model.selector.nms_thresh=1", "model.box_offset=0.5",
         "train.tta.min_sizes=[64]", "model.head.bbox_bias=null", "model.loss.smooth_l1_beta=1",
-        "dataloader.train.sampler._target_=detectron2.data.samplers.TrainingSampler",
-        "dataloader.train.sampler.size=10",
+        "dataloader.train.sampler=RandomSubsetTrainingSampler",
+        "dataloader.train.subset_ratio=0.5",
     ]  # fmt: skip
     cfg = load_lazy_config(LAZY[0], overrides)
-    assert cfg.model.box_offset == 0.5 and cfg.dataloader.train.sampler.size == 10
+    assert cfg.model.box_offset == 0.5 and cfg.dataloader.train.subset_ratio == 0.5
 
 
 def test_unknown_argument_of_the_model_is_a_sentence():
@@ -218,7 +218,7 @@ def test_schedule_that_cannot_be_is_named_with_its_key(lazy, yaml, processes, me
         (load_yaml_config(YAML[0], yaml), yaml[0]),
     ):
         with pytest.raises(ValueError, match=message.format(key)):
-            configs.check_schedule(cfg, processes)
+            settings.check_schedule(cfg, processes)
 
 
 def test_module_to_import_may_lie_in_the_current_folder_and_is_named_where_it_is_not(
@@ -238,6 +238,34 @@ def test_output_folder_that_cannot_be_made_is_named(tmp_path):
     cfg = load_lazy_config(LAZY[0], [f"train.output_dir={tmp_path}/file/out"])
     with pytest.raises(ValueError, match="file/out' cannot be made .*Change train.output_dir"):
         set_up_run(cfg, argparse.Namespace())
+
+
+def test_hooks_of_a_yaml_run_are_those_of_detectron2(data, tmp_path):
+    settings = ["OUTPUT_DIR", str(tmp_path), "SOLVER.IMS_PER_BATCH", "2", "TEST.EVAL_PERIOD", "7",
+                "SOLVER.CHECKPOINT_PERIOD", "5", "SOLVER.AMP.ENABLED", "False",
+                "DATALOADER.NUM_WORKERS", "0", "TEST.PRECISE_BN.ENABLED", "True"]  # fmt: skip
+    cfg = load_yaml_config(YAML[0], [*YAML[1], *settings])
+    choose_data(cfg, argparse.Namespace(**data))
+    trainer = Trainer(cfg)
+
+    def described(hooks):
+        periods = ("period", "_period")
+        return [(type(h), *(getattr(h, p, None) for p in periods)) for h in hooks if h is not None]
+
+    found = described(trainer.build_hooks())
+    assert found == described(DefaultTrainer.build_hooks(trainer))
+    assert PreciseBN in [kind for kind, *_ in found]
+
+
+def test_a_test_leaves_the_logs_as_they_were(capsys, caplog):
+    for message in ("once", "again"):
+        with restored_logs():
+            assert setup.start_screen().propagate is False
+            logging.getLogger("atss.some").info(message)
+        logging.getLogger("atss.some").warning("a record")
+    shown = capsys.readouterr().out
+    assert shown.count("once") == shown.count("again") == 1
+    assert caplog.messages == ["a record"] * 2 and not logging.getLogger("atss").handlers
 
 
 def test_long_messages_and_colours_stay_out_of_what_is_not_for_them():

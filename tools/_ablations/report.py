@@ -1,6 +1,7 @@
 """Tables, a picture and a Markdown report of trained rows, next to the paper's figures."""
 
 import textwrap
+from collections import Counter
 from itertools import combinations
 from pathlib import Path
 from statistics import mean
@@ -9,6 +10,7 @@ from typing import Any, Dict, List, Mapping, Sequence, Tuple
 import torch
 from _environment import environment
 from _markdown import markdown_table
+from matplotlib.figure import Figure
 
 from .rows import Row
 
@@ -80,21 +82,11 @@ def orderings_table(found: Sequence[Tuple[str, str, str, str]]) -> str:
 
 def plot(rows: Sequence[Row], results: Results, path: Path) -> None:
     """Bars of mean AP by table, a dot for each seed, as a PNG."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
     tables = list(dict.fromkeys(row.table for row in rows))
     counts = [sum(row.table == table for row in rows) for table in tables]
-    figure, axes = plt.subplots(
-        len(tables),
-        1,
-        figsize=(8, 0.8 * len(tables) + 0.4 * len(rows)),
-        sharex=True,
-        squeeze=False,
-        gridspec_kw={"height_ratios": counts},
-        constrained_layout=True,
+    figure = Figure((8, 0.8 * len(tables) + 0.4 * len(rows)), layout="constrained")
+    axes = figure.subplots(
+        len(tables), 1, sharex=True, squeeze=False, gridspec_kw={"height_ratios": counts}
     )
     for axis, table in zip(axes[:, 0], tables):
         of_table = [row for row in rows if row.table == table]
@@ -103,8 +95,7 @@ def plot(rows: Sequence[Row], results: Results, path: Path) -> None:
             axis.barh(y, mean(aps), color="#4c78a8", height=0.7)
             axis.plot(aps, [y] * len(aps), "o", color="black", markersize=4)
             axis.text(0.2, y, f"{mean(aps):.1f}", va="center", color="white")
-        axis.set_yticks(range(len(of_table)))
-        axis.set_yticklabels([row.title for row in of_table])
+        axis.set_yticks(range(len(of_table)), [row.title for row in of_table])
         axis.invert_yaxis()
         axis.set_title(table, loc="left", fontsize=10)
         axis.grid(axis="x", alpha=0.3)
@@ -112,7 +103,6 @@ def plot(rows: Sequence[Row], results: Results, path: Path) -> None:
     axes[-1, 0].set_xlabel("AP (%) on the embedded shapes, val split; dots are seeds")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=100)
-    plt.close(figure)
 
 
 def write_report(rows: Sequence[Row], results: Results, file: Path, command: str) -> None:
@@ -132,15 +122,14 @@ def write_report(rows: Sequence[Row], results: Results, file: Path, command: str
     facts = environment(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     machine = f"{facts['machine']}; PyTorch {facts['torch']}, Detectron2 {facts['detectron2']}"
     verdicts = orderings(rows, results)
-    counts = [
-        f"{sum(v[3] == verdict for v in verdicts)} {words}"
-        for verdict, words in (
-            ("holds", "hold with every seed"),
-            ("is reversed", "are reversed with every seed"),
-            ("not clear", "are not clear (seeds disagree)"),
-            (CLOSE, f"are within {EQUAL_AP} AP in the paper"),
-        )
-    ]
+    words = {
+        "holds": "hold with every seed",
+        "is reversed": "are reversed with every seed",
+        "not clear": "are not clear (seeds disagree)",
+        CLOSE: f"are within {EQUAL_AP} AP in the paper",
+    }
+    found = Counter(verdict for *_, verdict in verdicts)
+    counts = [f"{found[verdict]} {text}" for verdict, text in words.items()]
     what = (
         "Rows of the paper's tables, trained from scratch on the embedded shapes under equal "
         "conditions: the row's assigner, box transform, head, loss and anchors on the data, "

@@ -48,11 +48,6 @@ class Row:
             raise TypeError("it needs either a parent or same_as")
 
     @property
-    def path(self) -> Path:
-        """File of the config."""
-        return CONFIGS / f"{self.name}.py"
-
-    @property
     def origin(self) -> str:
         """Name of the config that it is compared with."""
         return self.parent or self.same_as
@@ -100,17 +95,8 @@ def select_rows(rows: Sequence[Row], wanted: Sequence[str]) -> List[Row]:
     return selected
 
 
-def load_row(row: Row) -> DictConfig:
-    """The row's config, loaded anew, without its `row` node."""
-    return _load(row.name)
-
-
-def load_origin(row: Row) -> DictConfig:
-    """The config that a row is compared with, loaded anew, without its `row` node."""
-    return _load(row.origin)
-
-
-def _load(name: str) -> DictConfig:
+def load(name: str) -> DictConfig:
+    """Config of a name below `configs`, loaded anew, without its `row` node."""
     cfg = LazyConfig.load(str(CONFIGS / f"{name}.py"))
     cfg.pop("row", None)
     return cfg

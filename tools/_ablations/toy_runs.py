@@ -15,18 +15,18 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Sequence, Tuple
+from typing import Any, Dict, Iterator, List, Sequence, Tuple
 
 import torch
 from atss.data import register_toy_shapes
 from atss.model_zoo import config_file
-from atss.training import load_lazy_config, train_lazy, update_lazy_config
+from atss.training import import_modules, load_lazy_config, train_lazy, update_lazy_config
 from omegaconf import DictConfig
 
 from detectron2.utils.env import seed_all_rng
 
 from .differences import flatten
-from .rows import Row, find_rows, load_row, select_rows
+from .rows import Row, load
 
 # The parts of a model that make up its method; the backbone is not among them.
 AXES = ("assigner", "box2box_transform", "head", "loss", "anchor_generator")
@@ -65,12 +65,14 @@ class Settings:
         iterations: of training; 0 for those of the size.
         overrides: key=value for the config, applied last.
         threads: CPU threads of a run.
+        modules: imported by the processes that train.
     """
 
     size: str = "small"
     iterations: int = 0
     overrides: Tuple[str, ...] = ()
     threads: int = 1
+    modules: Tuple[str, ...] = ()
 
 
 def toy_config(row: Row, settings: Settings) -> DictConfig:
@@ -82,7 +84,7 @@ def toy_config(row: Row, settings: Settings) -> DictConfig:
     if settings.size not in SIZES:
         raise ValueError(f"Unknown --size {settings.size!r}; known are {sorted(SIZES)}.")
     cfg = load_lazy_config(config_file("toy/atss_toy"))
-    method = load_row(row).model
+    method = load(row.name).model
     num_convs = cfg.model.head.num_convs
     for part in AXES:
         cfg.model[part] = method[part]
@@ -90,7 +92,6 @@ def toy_config(row: Row, settings: Settings) -> DictConfig:
     overrides = [
         "train.eval_period=0",  # once, at the end
         "train.checkpointer.period=1000000",
-        # In the main process: workers would draw other augmentations, depending on their number.
         "dataloader.train.num_workers=0",
         "dataloader.test.num_workers=0",
         *SIZES[settings.size],
@@ -123,7 +124,6 @@ def run_rows(
     seeds: Sequence[int],
     output: Path,
     workers: int = 1,
-    say: Callable[[str], None] = print,
 ) -> Dict[str, List[Dict[str, Any]]]:
     """Train each row with each seed; runs that exist already are not repeated.
 
@@ -135,7 +135,6 @@ def run_rows(
         seeds: one run for each.
         output: folder with one folder per run, whose `result.json` is written last.
         workers: runs at a time.
-        say: takes a line about progress.
 
     Returns:
         Name of the row -> results in the order of the seeds: "bbox" with AP, "seconds",
@@ -143,53 +142,47 @@ def run_rows(
     """
     register_toy_shapes()  # rendered once, before parallel runs read it
     marks = {row.name: fingerprint(toy_config(row, settings)) for row in rows}
-    first: Dict[str, str] = {}
-    for name, mark in marks.items():
-        first.setdefault(mark, name)
+    first: Dict[str, Row] = {}
+    for row in rows:
+        first.setdefault(marks[row.name], row)
     jobs = [
-        (name, seed, output / f"{mark}_seed{seed}")
-        for seed in seeds
-        for mark, name in first.items()
+        (row, seed, output / f"{mark}_seed{seed}") for seed in seeds for mark, row in first.items()
     ]
     missing = [job for job in jobs if not (job[2] / "result.json").is_file()]
-    say(f"{len(rows)} rows, {len(jobs)} different runs, {len(missing)} of them still to train.")
-
-    def finished(folder: Path, number: int) -> None:
-        result = _result(folder)
-        say(
+    print(f"{len(rows)} rows, {len(jobs)} different runs, {len(missing)} of them still to train.")
+    for number, result in enumerate(_train(missing, settings, workers), start=1):
+        print(
             f"[{number}/{len(missing)}] {result['row']}, seed {result['seed']}: "
-            f"AP {result['bbox']['AP']:.1f} in {result['seconds']:.0f} s"
+            f"AP {result['bbox']['AP']:.1f} in {result['seconds']:.0f} s",
+            flush=True,
         )
-
-    if workers == 1:
-        for number, job in enumerate(missing, start=1):
-            _run(*job, settings)
-            finished(job[2], number)
-    elif missing:
-        with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-            futures = {pool.submit(_run, *job, settings): job[2] for job in missing}
-            for number, future in enumerate(as_completed(futures), start=1):
-                future.result()
-                finished(futures[future], number)
     return {
-        name: [_result(output / f"{mark}_seed{seed}") for seed in seeds]
+        name: [
+            json.loads((output / f"{mark}_seed{seed}" / "result.json").read_text())
+            for seed in seeds
+        ]
         for name, mark in marks.items()
     }
 
 
-def _result(folder: Path) -> Dict[str, Any]:
-    return json.loads((folder / "result.json").read_text())
+def _train(
+    jobs: Sequence[Tuple[Row, int, Path]], settings: Settings, workers: int
+) -> Iterator[Dict[str, Any]]:
+    """Results of runs as they are finished; in this process for one worker."""
+    if workers == 1 or not jobs:
+        for job in jobs:
+            yield _run(*job, settings)
+        return
+    spawn = get_context("spawn")
+    with ProcessPoolExecutor(workers, spawn, import_modules, (settings.modules,)) as pool:
+        for future in as_completed([pool.submit(_run, *job, settings) for job in jobs]):
+            yield future.result()
 
 
-def _or_zero(value: float) -> float:
-    return 0.0 if math.isnan(value) else float(value)
-
-
-def _run(name: str, seed: int, folder: Path, settings: Settings) -> None:
-    """Train and evaluate one row with one seed, in this process."""
+def _run(row: Row, seed: int, folder: Path, settings: Settings) -> Dict[str, Any]:
+    """Train and evaluate one row with one seed, in this process; returns what it writes."""
     torch.set_num_threads(settings.threads)
     register_toy_shapes()
-    (row,) = select_rows(find_rows(), [name])
     cfg = toy_config(row, settings)
     shutil.rmtree(folder, ignore_errors=True)  # left by an interrupted run
     folder.mkdir(parents=True)
@@ -200,7 +193,7 @@ def _run(name: str, seed: int, folder: Path, settings: Settings) -> None:
     with open(folder / "log.txt", "w") as log, contextlib.redirect_stdout(log):
         results = train_lazy(cfg)
     content = {
-        "row": name,
+        "row": row.name,
         "config": folder.name.rpartition("_seed")[0],
         "seed": seed,
         "iterations": cfg.train.max_iter,
@@ -209,8 +202,12 @@ def _run(name: str, seed: int, folder: Path, settings: Settings) -> None:
         "seconds": round(time.perf_counter() - start, 1),
         "cpu_seconds": round(time.process_time() - cpu_start, 1),
         # COCO's evaluation gives NaN for a model without detections.
-        "bbox": {key: round(_or_zero(value), 3) for key, value in results["bbox"].items()},
+        "bbox": {
+            key: 0.0 if math.isnan(value) else round(float(value), 3)
+            for key, value in results["bbox"].items()
+        },
     }
     partial = folder / "result.json.partial"
     partial.write_text(json.dumps(content, indent=1))
     os.replace(partial, folder / "result.json")  # so that the file is never incomplete
+    return content

@@ -7,6 +7,7 @@ from typing import Dict, List, Sequence
 
 import torch
 from atss.model_zoo import get_config
+from atss.postprocessing import SelectionInputs
 from atss.predictions import DensePredictions
 from atss.targets import Targets, label_anchors
 from omegaconf import DictConfig
@@ -16,7 +17,7 @@ from detectron2.config import instantiate
 from detectron2.structures import Boxes, Instances
 
 from .cases import Levels, Size
-from .synthetic import grid_sizes_of
+from .synthetic import empty_features
 
 
 def full_method(num_classes: int, anchors_per_location: int = 1) -> DictConfig:
@@ -39,10 +40,11 @@ class ATSSParts:
     """
 
     mean_delta = 0.0
+    has_centerness = True
 
     def __init__(self, model: DictConfig, image_size: Size, device: torch.device):
         generator = instantiate(model.anchor_generator).to(device)
-        features = [torch.empty(1, 0, *s, device=device) for s in grid_sizes_of(image_size)]
+        features = empty_features(image_size, device)
         self.anchors: List[Boxes] = generator(features)
         self.transform = instantiate(model.box2box_transform)
         self._grid = generator.grid(features)
@@ -58,11 +60,13 @@ class ATSSParts:
     def losses(
         self, logits: Levels, deltas: Levels, centerness: Levels, labels: Targets
     ) -> Dict[str, Tensor]:
-        predictions = DensePredictions(logits, deltas, centerness, self._grid.num_cell_anchors)
-        return self._loss(predictions, self._grid, labels)
+        return self._loss(self._predictions(logits, deltas, centerness), self._grid, labels)
 
     def detect(self, logits: Levels, deltas: Levels, centerness: Levels) -> List[Instances]:
-        predictions = DensePredictions(logits, deltas, centerness, self._grid.num_cell_anchors)
+        predictions = self._predictions(logits, deltas, centerness)
         image_sizes = [self._image_size] * len(logits[0])
         decode = self.transform.apply_deltas
-        return self._selector(predictions, self.anchors, image_sizes, decode)
+        return self._selector(SelectionInputs(predictions, self.anchors, image_sizes, decode))
+
+    def _predictions(self, *levels: Levels) -> DensePredictions:
+        return DensePredictions(*levels, self._grid.num_cell_anchors)

@@ -1,47 +1,17 @@
 """Options of the benchmark, and its cases: contestants that do the same work."""
 
+import argparse
 from dataclasses import dataclass
-from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, List, Optional, Tuple
 
-import torch
 from torch import Tensor
 
 Size = Tuple[int, int]  # height, width
 Levels = List[Tensor]  # head outputs of P3 to P7
 
 
-@dataclass
-class Options:
-    """Sizes of the problems to measure.
-
-    Attributes:
-        device: where.
-        image_size: (height, width) of the padded image.
-        objects: numbers of objects of an image, for the growth of assignment.
-        batch_sizes: of loss and post-processing.
-        num_classes: K.
-        other_num_classes: numbers of classes, for the growth of the loss.
-        size_factors: of the image's sides, for growth with the image.
-        model: name of the config of whole models.
-        model_batch_sizes: of whole models.
-        compile: also measure whole models through `torch.compile`.
-    """
-
-    device: torch.device
-    image_size: Size = (800, 1344)
-    objects: Sequence[int] = (1, 7, 20, 50, 100, 300, 1000)
-    batch_sizes: Sequence[int] = (2, 8)
-    num_classes: int = 80
-    other_num_classes: Sequence[int] = (1, 20, 365)
-    size_factors: Sequence[float] = (0.5, 1.5)
-    model: str = "coco/atss_R_50_FPN_1x"
-    model_batch_sizes: Sequence[int] = (1,)
-    compile: bool = False
-
-    def scaled_size(self, factor: float) -> Size:
-        """The image size times a factor, in multiples of 32 pixels."""
-        height, width = (max(32, round(side * factor / 32) * 32) for side in self.image_size)
-        return height, width
+# Of `benchmark.make_parser`, with a `torch.device`.
+Options = argparse.Namespace
 
 
 @dataclass
@@ -57,6 +27,9 @@ class Contestant:
     name: str
     call: Callable[[Any], Any]
     prepare: Optional[Callable[[], Any]] = None
+
+    def make_input(self) -> Any:
+        return self.prepare() if self.prepare is not None else None
 
 
 @dataclass
@@ -79,3 +52,9 @@ class Case:
 def size_text(size: Size) -> str:
     """Such as "800x1344"."""
     return "x".join(map(str, size))
+
+
+def scaled_size(size: Size, factor: float) -> Size:
+    """A size times a factor, in multiples of 32 pixels."""
+    height, width = (max(32, round(side * factor / 32) * 32) for side in size)
+    return height, width

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from detectron2.layers import DeformConv, ModulatedDeformConv
 
 from .atss_parts import ATSSParts, full_method
-from .cases import Case, Contestant, Levels, Options, Size, size_text
+from .cases import Case, Contestant, Levels, Options, Size, scaled_size, size_text
 from .reference_parts import FCOSParts, RetinaNetParts
 from .synthetic import candidate_predictions, grid_sizes_of, random_instances
 
@@ -26,6 +26,11 @@ def _detectors(
     return {name: of(model, image_size, options.device) for name, of in types.items()}
 
 
+def _other_sizes(options: Options) -> List[Size]:
+    factors = () if options.no_growth else (0.5, 1.5)
+    return [scaled_size(options.image_size, factor) for factor in factors]
+
+
 def assign_cases(options: Options) -> Iterator[Case]:
     """From anchors and ground truth to the class and box of every anchor."""
     for count in options.objects:
@@ -33,8 +38,8 @@ def assign_cases(options: Options) -> Iterator[Case]:
     for count in [n for n in options.objects if n in (7, 100)] or options.objects[-1:]:
         yield _assign_case(options, options.image_size, [count], 9)
     yield _assign_case(options, options.image_size, [7, 20, 11, 15, 9, 18, 13, 10])
-    for factor in options.size_factors:
-        yield _assign_case(options, options.scaled_size(factor), [20])
+    for size in _other_sizes(options):
+        yield _assign_case(options, size, [20])
 
 
 def _assign_case(
@@ -63,10 +68,10 @@ def loss_cases(options: Options) -> Iterator[Case]:
     first = options.batch_sizes[0]
     for batch_size in options.batch_sizes:
         yield _loss_case(options, options.image_size, batch_size, options.num_classes)
-    for num_classes in options.other_num_classes:
+    for num_classes in () if options.no_growth else (1, 20, 365):
         yield _loss_case(options, options.image_size, first, num_classes)
-    for factor in options.size_factors:
-        yield _loss_case(options, options.scaled_size(factor), first, options.num_classes)
+    for size in _other_sizes(options):
+        yield _loss_case(options, size, first, options.num_classes)
 
 
 def _loss_case(options: Options, image_size: Size, batch_size: int, num_classes: int) -> Case:
@@ -86,7 +91,7 @@ def _loss_case(options: Options, image_size: Size, batch_size: int, num_classes:
     def contestant(name: str, detector: Any) -> Contestant:
         deltas = outputs(4, detector.mean_delta, 0.3)
         labels = detector.label_anchors(gt_instances)
-        inputs = [*logits, *deltas, *(centerness if name != "RetinaNet" else [])]
+        inputs = [*logits, *deltas, *(centerness if detector.has_centerness else [])]
 
         def call(_: Any) -> Dict[str, Tensor]:
             losses = detector.losses(logits, deltas, centerness, labels)

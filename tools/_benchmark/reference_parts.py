@@ -11,7 +11,7 @@ from detectron2.modeling.meta_arch.retinanet import permute_to_N_HWA_K
 from detectron2.structures import ImageList, Instances
 
 from .cases import Levels, Size
-from .synthetic import grid_sizes_of
+from .synthetic import empty_features
 
 
 class RetinaNetParts:
@@ -24,10 +24,11 @@ class RetinaNetParts:
     """
 
     mean_delta = 0.0
+    has_centerness = False
 
     def __init__(self, model: DictConfig, image_size: Size, device: torch.device):
         self.model = self._build(model).to(device)
-        self._features = [torch.empty(1, 0, *s, device=device) for s in grid_sizes_of(image_size)]
+        self._features = empty_features(image_size, device)
         self.anchors = self.model.anchor_generator(self._features)
         self.transform = self.model.box2box_transform
         self._image_size = image_size
@@ -44,52 +45,36 @@ class RetinaNetParts:
     def losses(
         self, logits: Levels, deltas: Levels, centerness: Levels, labels: Any
     ) -> Dict[str, Tensor]:
-        """Losses without centerness, which RetinaNet does not have."""
         classes, boxes = labels
+        rest = [self._rows(centerness, 1)] if self.has_centerness else []
         return self.model.losses(
-            self.anchors, self._logits(logits), classes, _transpose(deltas, 4), boxes
+            self.anchors, self._logits(logits), classes, self._rows(deltas, 4), boxes, *rest
         )
 
-    def detect(self, *predictions: Levels) -> List[Instances]:
-        predictions = list(predictions[:2])
-        image_sizes = [self._image_size] * len(predictions[0][0])
+    def detect(self, logits: Levels, deltas: Levels, centerness: Levels) -> List[Instances]:
+        predictions = [logits, deltas, *([centerness] if self.has_centerness else [])]
+        image_sizes = [self._image_size] * len(logits[0])
         if hasattr(self.model, "forward_inference"):
-            return self._forward_inference(predictions, image_sizes)
+            images = ImageList(torch.empty(0), image_sizes)
+            return self.model.forward_inference(images, self._features, predictions)
         # Detectron2 up to 0.6
-        logits, deltas = self._logits(predictions[0]), _transpose(predictions[1], 4)
-        return self.model.inference(self.anchors, logits, deltas, image_sizes)
-
-    def _forward_inference(self, predictions: List[Levels], image_sizes: List[Size]):
-        images = ImageList(torch.empty(0), image_sizes)
-        return self.model.forward_inference(images, self._features, predictions)
+        rows = self._logits(logits), self._rows(deltas, 4)
+        return self.model.inference(self.anchors, *rows, image_sizes)
 
     def _logits(self, logits: Levels) -> Levels:
-        return _transpose(logits, self.model.num_classes)
+        return self._rows(logits, self.model.num_classes)
+
+    @staticmethod
+    def _rows(levels: Levels, channels: int) -> Levels:
+        """Head outputs (N, A*D, Hi, Wi) as (N, Hi*Wi*A, D), by Detectron2's own function."""
+        return [permute_to_N_HWA_K(level, channels) for level in levels]
 
 
 class FCOSParts(RetinaNetParts):
     """FCOS with its own points and losses; see `RetinaNetParts`."""
 
     mean_delta = 4.0
+    has_centerness = True
 
     def _build(self, model: DictConfig) -> torch.nn.Module:
         return without_network(fcos(model))
-
-    def losses(
-        self, logits: Levels, deltas: Levels, centerness: Levels, labels: Any
-    ) -> Dict[str, Tensor]:
-        classes, boxes = labels
-        pred_deltas, pred_centerness = _transpose(deltas, 4), _transpose(centerness, 1)
-        return self.model.losses(
-            self.anchors, self._logits(logits), classes, pred_deltas, boxes, pred_centerness
-        )
-
-    def detect(self, *predictions: Levels) -> List[Instances]:
-        return self._forward_inference(
-            list(predictions), [self._image_size] * len(predictions[0][0])
-        )
-
-
-def _transpose(levels: Levels, channels: int) -> Levels:
-    """Head outputs (N, A*D, Hi, Wi) as (N, Hi*Wi*A, D), by Detectron2's own function."""
-    return [permute_to_N_HWA_K(level, channels) for level in levels]

@@ -1,31 +1,29 @@
 """Measurements as rows, tables, a plot and blocks of a page."""
 
+import math
 import re
+from dataclasses import asdict
 from pathlib import Path
+from statistics import mode
 from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 from _markdown import markdown_table
+from matplotlib.figure import Figure
 
 from .cases import Case
 from .timing import Timing
 
+_PANELS = (("assign", "objects"), ("assign", "size"), ("loss", "classes"), ("loss", "size"))
+_LABELS = {"size": "megapixels of the image", "objects": "objects of the image"}
+
 
 def row(case: Case, timings: Dict[str, Timing]) -> Dict[str, Any]:
-    """One case with its timings as plain values, times in milliseconds."""
+    """One case with its timings as plain values."""
     return {
         "part": case.part,
         "settings": case.settings,
         "unit_bytes": case.unit_bytes,
-        "contestants": {
-            name: {
-                "min_ms": timing.minimum * 1e3,
-                "median_ms": timing.median * 1e3,
-                "peak_bytes": timing.peak_bytes,
-                "rounds": timing.rounds,
-                "outside_convolution": timing.outside_convolution,
-            }
-            for name, timing in timings.items()
-        },
+        "contestants": {name: asdict(timing) for name, timing in timings.items()},
     }
 
 
@@ -112,65 +110,41 @@ def _memory(peak: Optional[int], unit: int = 0) -> str:
 
 def plot(path: Path, rows: Sequence[Dict[str, Any]]) -> None:
     """Time over objects, image size and classes, as a PNG; panels without data are left out."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    assign = {"images": 1, "A": 1}
-    loss = {"images": min(_values(rows, "loss", "images"), default=None)}
-    panels = [
-        ("assign", "objects", {**assign, "size": _main_size(rows, "assign")}),
-        ("assign", "pixels", {**assign, "objects": 20}),
-        ("loss", "classes", {**loss, "size": _main_size(rows, "loss")}),
-        ("loss", "pixels", {**loss, "classes": 80}),
-    ]
-    series = [(part, key, _series(rows, part, key, fixed)) for part, key, fixed in panels]
-    series = [entry for entry in series if len(entry[2]) > 1]
+    series = [(part, key, _points(rows, part, key)) for part, key in _PANELS]
+    series = [panel for panel in series if len(panel[2]) > 1]
     if not series:
         part = rows[0]["part"]
-        series = [(part, "case", _series(rows, part, "case", {}))]
-    figure, axes = pyplot.subplots(
-        1, len(series), figsize=(4.2 * len(series), 3.6), squeeze=False, layout="constrained"
-    )
-    labels = {"pixels": "megapixels of the image", "objects": "objects of the image"}
+        series = [(part, "case", _points(rows, part, "case"))]
+    figure = Figure((4.2 * len(series), 3.6), layout="constrained")
+    axes = figure.subplots(1, len(series), squeeze=False)
     for axis, (part, key, points) in zip(axes[0], series):
         for name in dict.fromkeys(name for _, times in points for name in times):
             line = sorted((x, times[name]) for x, times in points if name in times)
             axis.plot(*zip(*line), marker="o", markersize=3, label=name)
-        scale = "linear" if key == "pixels" else "log"
-        label = labels.get(key, key)
+        scale = "linear" if key == "size" else "log"
+        label = _LABELS.get(key, key)
         axis.set(xscale=scale, yscale="log", xlabel=label, ylabel="ms (minimum)", title=part)
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8)
     figure.savefig(path, dpi=110)
-    pyplot.close(figure)
 
 
-def _series(
-    rows: Sequence[Dict[str, Any]], part: str, key: str, fixed: Dict[str, Any]
+def _points(
+    rows: Sequence[Dict[str, Any]], part: str, key: str
 ) -> List[Tuple[float, Dict[str, float]]]:
-    """(x, {name: ms}) of the rows of a part that have the fixed settings."""
+    """(x, {name: ms}) of the rows of a part whose other settings have their usual values."""
+    entries = [entry for entry in rows if entry["part"] == part]
+    others = {*entries[0]["settings"]} - {key} if entries and key != "case" else set()
+    usual = {name: mode(entry["settings"][name] for entry in entries) for name in others}
     points = []
-    for index, entry in enumerate(entry for entry in rows if entry["part"] == part):
-        settings = entry["settings"]
-        height, width = map(int, settings.get("size", "0x0").split("x"))
-        x = {"pixels": height * width / 1e6, "case": index + 1, **settings}[key]
-        is_fixed = all(settings.get(name) == value for name, value in fixed.items())
-        if is_fixed and not isinstance(x, str):  # "7 to 20" objects are no point of a curve
+    for number, entry in enumerate(entries, start=1):
+        x = {**entry["settings"], "case": number}[key]
+        if key == "size":
+            x = math.prod(map(int, x.split("x"))) / 1e6
+        if all(entry["settings"][name] == value for name, value in usual.items()):
             times = {name: timing["min_ms"] for name, timing in entry["contestants"].items()}
             points.append((x, times))
     return points
-
-
-def _values(rows: Sequence[Dict[str, Any]], part: str, key: str) -> List[Any]:
-    return [entry["settings"][key] for entry in rows if entry["part"] == part]
-
-
-def _main_size(rows: Sequence[Dict[str, Any]], part: str) -> Optional[str]:
-    """The size that most rows of a part have."""
-    sizes = _values(rows, part, "size")
-    return max(sizes, key=sizes.count, default=None)
 
 
 def blocks(rows: Sequence[Dict[str, Any]], facts: Dict[str, Any], command: str) -> Dict[str, str]:

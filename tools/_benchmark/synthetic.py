@@ -21,6 +21,11 @@ def grid_sizes_of(image_size: Size) -> List[Size]:
     return [tuple(math.ceil(side / stride) for side in image_size) for stride in STRIDES]
 
 
+def empty_features(image_size: Size, device: torch.device) -> List[Tensor]:
+    """Features without channels, (1, 0, Hi, Wi), for generators of anchors."""
+    return [torch.empty(1, 0, *size, device=device) for size in grid_sizes_of(image_size)]
+
+
 def random_instances(
     count: int, image_size: Size, num_classes: int, device: torch.device, seed: int = 0
 ) -> Instances:
@@ -59,7 +64,6 @@ def candidate_predictions(
     image_size: Size,
     batch_size: int,
     num_classes: int,
-    num_objects: int = 20,
 ) -> SyntheticPredictions:
     """Predictions around a few objects, so that suppression has its usual work.
 
@@ -72,8 +76,8 @@ def candidate_predictions(
         image_size: (height, width).
         batch_size: N.
         num_classes: K.
-        num_objects: of an image.
     """
+    num_objects = 20  # of an image
     generator = torch.Generator().manual_seed(batch_size)
     boxes = torch.cat([level.tensor.cpu() for level in anchors])  # (R, 4)
     centers = (boxes[:, :2] + boxes[:, 2:]) / 2

@@ -24,17 +24,17 @@ class Timing:
     """What was measured.
 
     Attributes:
-        minimum, median: seconds a call.
+        min_ms, median_ms: milliseconds a call.
         peak_bytes: see `peak_extra_bytes`; None if not measured.
         rounds: measurements.
         outside_convolution: see `share_outside_convolution`; None if not measured.
     """
 
-    minimum: float
-    median: float
+    min_ms: float
+    median_ms: float
     peak_bytes: Optional[int]
     rounds: int
-    outside_convolution: Optional[float] = None
+    outside_convolution: Optional[float]
 
 
 def race(
@@ -43,6 +43,7 @@ def race(
     repeats: int = 15,
     warmup: int = 2,
     memory: bool = True,
+    shares: bool = False,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Dict[str, Timing]:
     """Time contestants in turn.
@@ -53,6 +54,7 @@ def race(
         repeats: measurements of each.
         warmup: calls of each before that; at least one.
         memory: also measure the peak of allocations, in one more call.
+        shares: also measure the time outside convolution, in one more call.
         clock: seconds; `time.process_time` counts this process only, for a busy machine, and is
             right with one thread on the CPU.
 
@@ -73,10 +75,11 @@ def race(
             seconds_of[contestant.name].append(seconds)
     return {
         contestant.name: Timing(
-            min(seconds_of[contestant.name]),
-            statistics.median(seconds_of[contestant.name]),
+            min(seconds_of[contestant.name]) * 1e3,
+            statistics.median(seconds_of[contestant.name]) * 1e3,
             peak_extra_bytes(contestant, device) if memory else None,
             repeats,
+            share_outside_convolution(contestant, device) if shares else None,
         )
         for contestant in contestants
     }
@@ -85,7 +88,7 @@ def race(
 def _time(
     contestant: Contestant, calls: int, device: torch.device, clock: Callable[[], float]
 ) -> float:
-    value = contestant.prepare() if contestant.prepare is not None else None
+    value = contestant.make_input()
     _synchronize(device)
     start = clock()
     for _ in range(calls):
@@ -110,7 +113,7 @@ def peak_extra_bytes(contestant: Contestant, device: torch.device) -> int:
         contestant: what to call once.
         device: where its tensors live.
     """
-    value = contestant.prepare() if contestant.prepare is not None else None
+    value = contestant.make_input()
     if device.type == "cuda":
         _synchronize(device)
         before = torch.cuda.memory_allocated(device)
@@ -141,8 +144,7 @@ def share_outside_convolution(contestant: Contestant, device: torch.device) -> f
     activities = [kinds.CPU] + ([kinds.CUDA] if device.type == "cuda" else [])
     with torch.profiler.profile(activities=activities) as profile:
         contestant.call(None)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        _synchronize(device)
     total = convolution = 0.0
     for event in profile.key_averages():
         if event.device_type != torch.autograd.DeviceType.CPU:

@@ -1,6 +1,7 @@
 """Cases of whole detectors on one batch: a training step and a detection, ours and Detectron2's."""
 
 import copy
+from functools import partial
 from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple
 
 import torch
@@ -21,61 +22,44 @@ Variant = Tuple[str, nn.Module, Optional[torch.dtype]]
 Work = Callable[[nn.Module, Sequence[Dict], Optional[torch.dtype]], Callable[[Any], Any]]
 
 
-def train_cases(options: Options) -> Iterator[Case]:
-    """Forward, backward and optimizer step."""
-
-    def variants() -> Iterator[Variant]:
-        for name, model in detectors(options).items():
-            yield name, model, None
-            last = _channels_last(model)
-            if name == "ATSS":
-                yield f"{name}, channels_last", last, None
-            if has_fast_bfloat16(options.device):
-                last = copy.deepcopy(last)
-                yield f"{name}, channels_last, bfloat16", last, torch.bfloat16
-            if name == "ATSS" and options.compile:
-                compiled = compile_dense_parts(_channels_last(model))
-                yield f"{name}, channels_last, compiled", compiled, None
-
-    yield from _cases(options, "train", variants, _training_step)
-
-
-def inference_cases(options: Options) -> Iterator[Case]:
-    """Detection, from image tensors to instances."""
-
-    def variants() -> Iterator[Variant]:
-        for name, model in detectors(options).items():
-            yield name, model.eval(), None
-            if name == "ATSS":
-                yield f"{name}, prepared", prepare_for_inference(model), None
-                yield from _prepared_otherwise(options, model, f"{name}, prepared")
-            elif has_fast_bfloat16(options.device):
-                last = _channels_last(model)
-                yield f"{name}, channels_last, bfloat16", last, torch.bfloat16
-
-    yield from _cases(options, "inference", variants, _detection)
-
-
-def step_cases(options: Options) -> Iterator[Case]:
-    """Detection after each step of `prepare_for_inference`."""
-
-    def variants() -> Iterator[Variant]:
-        model = detectors(options)["ATSS"].eval()
-        yield "as trained", model, None
-        folded = copy.deepcopy(model)
-        fold_batch_norms(folded)
-        yield "norms folded", folded, None
-        yield "and channels_last", _channels_last(folded), None
-        yield "and oneDNN operators: prepared", prepare_for_inference(model), None
+def _train_variants(options: Options) -> Iterator[Variant]:
+    for name, model in detectors(options).items():
+        yield name, model, None
+        last = _channels_last(model)
+        if name == "ATSS":
+            yield f"{name}, channels_last", last, None
         if has_fast_bfloat16(options.device):
-            name = "as trained, channels_last, bfloat16 autocast"
-            yield name, _channels_last(model), torch.bfloat16
-        yield from _prepared_otherwise(options, model, "prepared")
+            last = copy.deepcopy(last)
+            yield f"{name}, channels_last, bfloat16", last, torch.bfloat16
+        if name == "ATSS" and options.compile:
+            compiled = compile_dense_parts(_channels_last(model))
+            yield f"{name}, channels_last, compiled", compiled, None
 
-    yield from _cases(options, "steps", variants, _detection)
+
+def _inference_variants(options: Options) -> Iterator[Variant]:
+    for name, model in detectors(options).items():
+        yield name, model.eval(), None
+        if name == "ATSS":
+            yield f"{name}, prepared", prepare_for_inference(model), None
+            yield from _prepared_otherwise(options, model, f"{name}, prepared")
+        elif has_fast_bfloat16(options.device):
+            last = _channels_last(model)
+            yield f"{name}, channels_last, bfloat16", last, torch.bfloat16
 
 
-MODELS = {"train": train_cases, "inference": inference_cases, "steps": step_cases}
+def _step_variants(options: Options) -> Iterator[Variant]:
+    """The model after each step of `prepare_for_inference`."""
+    model = detectors(options)["ATSS"].eval()
+    yield "as trained", model, None
+    folded = copy.deepcopy(model)
+    fold_batch_norms(folded)
+    yield "norms folded", folded, None
+    yield "and channels_last", _channels_last(folded), None
+    yield "and oneDNN operators: prepared", prepare_for_inference(model), None
+    if has_fast_bfloat16(options.device):
+        name = "as trained, channels_last, bfloat16 autocast"
+        yield name, _channels_last(model), torch.bfloat16
+    yield from _prepared_otherwise(options, model, "prepared")
 
 
 def detectors(options: Options) -> Dict[str, nn.Module]:
@@ -101,12 +85,12 @@ def _channels_last(model: nn.Module) -> nn.Module:
 
 
 def _cases(
-    options: Options, part: str, variants: Callable[[], Iterator[Variant]], work: Work
+    part: str, variants: Callable[[Options], Iterator[Variant]], work: Work, options: Options
 ) -> Iterator[Case]:
     for batch_size in options.model_batch_sizes:
         batch = _make_batch(options, batch_size)
         contestants = []
-        for name, model, dtype in list(variants()):  # copies first, before any has run
+        for name, model, dtype in list(variants(options)):  # copies first, before any has run
             contestant = Contestant(name, work(model, batch, dtype))
             try:  # Detectron2's models do not run in every precision.
                 contestant.call(None)
@@ -141,6 +125,7 @@ def _make_batch(options: Options, batch_size: int) -> List[Dict[str, Any]]:
 def _training_step(
     model: nn.Module, batch: Sequence[Dict], dtype: Optional[torch.dtype]
 ) -> Callable[[Any], Any]:
+    """Forward, backward and optimizer step."""
     model.train()
     device = next(model.parameters()).device
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -161,6 +146,7 @@ def _training_step(
 def _detection(
     model: nn.Module, batch: Sequence[Dict], dtype: Optional[torch.dtype]
 ) -> Callable[[Any], Any]:
+    """From image tensors to instances."""
     device = next(model.parameters()).device
 
     @torch.no_grad()
@@ -169,3 +155,10 @@ def _detection(
             return model(batch)
 
     return detect
+
+
+MODELS = {
+    "train": partial(_cases, "train", _train_variants, _training_step),
+    "inference": partial(_cases, "inference", _inference_variants, _detection),
+    "steps": partial(_cases, "steps", _step_variants, _detection),
+}

@@ -7,7 +7,6 @@ that is found more or less often is an error, because the source is then not rel
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Iterable
 
 
 class PatchError(RuntimeError):
@@ -16,7 +15,10 @@ class PatchError(RuntimeError):
 
 @dataclass(frozen=True)
 class Patch:
-    """Replace every match of the regular expression `pattern` in a file; there must be `count`."""
+    """Replace every match of the regular expression `pattern` in a file; there must be `count`.
+
+    `apply` raises `PatchError` if there are not, and changes nothing then.
+    """
 
     path: str
     pattern: str
@@ -38,16 +40,6 @@ class Patch:
         file.write_text(text, encoding="utf-8")
 
 
-def apply_patches(root: Path, patches: Iterable[Patch]) -> None:
-    """Apply patches to the source tree below `root`.
-
-    Raises:
-        PatchError: for one whose place is not there.
-    """
-    for patch in patches:
-        patch.apply(root)
-
-
 def _numpy_aliases(path: str, count: int) -> Patch:
     pattern, replacement = r"\bnp\.(bool|int|float|object|str)\b", r"\1"
     why = "NumPy 1.24 removed its aliases of Python types"
@@ -59,12 +51,11 @@ def _optional_import(path: str, statement: str, otherwise: str, why: str) -> Pat
     return Patch(f"detectron2/{path}", f"^{re.escape(statement)}$", replacement, 1, why)
 
 
-def _optional_operators(path: str) -> Patch:
-    otherwise = "from detectron2.layers.missing_operators import _C"
-    why = "the compiled operators are optional"
-    return _optional_import(path, "from detectron2 import _C", otherwise, why)
-
-
+_OPERATORS = (
+    "from detectron2 import _C",
+    "from detectron2.layers.missing_operators import _C",
+    "the compiled operators are optional",
+)
 PATCHES = (
     _numpy_aliases("data/build.py", 2),
     _numpy_aliases("data/datasets/pascal_voc.py", 1),
@@ -73,9 +64,9 @@ PATCHES = (
     _numpy_aliases("structures/masks.py", 2),
     _numpy_aliases("utils/video_visualizer.py", 1),
     _numpy_aliases("utils/visualizer.py", 3),
-    _optional_operators("layers/deform_conv.py"),
-    _optional_operators("layers/roi_align_rotated.py"),
-    _optional_operators("layers/rotated_boxes.py"),
+    _optional_import("layers/deform_conv.py", *_OPERATORS),
+    _optional_import("layers/roi_align_rotated.py", *_OPERATORS),
+    _optional_import("layers/rotated_boxes.py", *_OPERATORS),
     _optional_import(
         "evaluation/coco_evaluation.py",
         "from detectron2.evaluation.fast_eval_api import COCOeval_opt",

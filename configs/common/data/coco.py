@@ -5,19 +5,15 @@
 
 from omegaconf import OmegaConf
 
-from atss.data import NamingMapper, load_dataset_dicts
+from atss.data import NamingMapper, build_train_loader, load_dataset_dicts
 from atss.evaluation import build_evaluator
 import detectron2.data.transforms as T
 from detectron2.config import LazyCall as L
-from detectron2.data import (
-    build_detection_test_loader,
-    build_detection_train_loader,
-    get_detection_dataset_dicts,
-)
+from detectron2.data import build_detection_test_loader, get_detection_dataset_dicts
 
 dataloader = OmegaConf.create()
 
-dataloader.train = L(build_detection_train_loader)(
+dataloader.train = L(build_train_loader)(
     # Checks every annotation before the first step.
     dataset=L(load_dataset_dicts)(names=["coco_2017_train"], num_classes="${model.num_classes}"),
     mapper=L(NamingMapper)(
@@ -31,6 +27,7 @@ dataloader.train = L(build_detection_train_loader)(
     ),
     total_batch_size=16,
     num_workers=4,
+    seed="${train.seed}",
 )
 
 dataloader.test = L(build_detection_test_loader)(

@@ -12,10 +12,14 @@ Axis 4 of 4: how many anchors a location has.    `anchors.py`          `model.an
 Letters, the same in every file: N images of a batch, L pyramid levels, Hi and Wi height and width
 of level i in locations, A anchors per location, Ri anchors of level i, R anchors of an image, M
 objects of the batch, C candidate anchors of an object, S samples (pairs of an object and an
-anchor), K classes, D detections of an image, P points or pairs that a function picks.
+anchor), K classes, V values that a map holds of an anchor (K logits, 4 deltas or 1 quality), D
+detections or proposals of an image, before suppression or after it, P points or pairs that a
+function picks. A small letter is a part of the same: m of M objects. Only images and feature maps
+are (N, C, H, W), channels, height and width, as everywhere in PyTorch.
 """
 
-from .anchors import AnchorGrid, GridAnchorGenerator, octave_sizes
+from .anchor_grid import AnchorGrid
+from .anchors import GridAnchorGenerator, octave_sizes
 from .assigners import (
     Assigner,
     Assignment,

@@ -3,7 +3,7 @@
 P6 comes from P5, not from C5 as in RetinaNet (Sec. 3.1, after FCOS).
 """
 
-from typing import List, Sequence
+from typing import List, Sequence, Tuple
 
 from fvcore.nn import weight_init
 from torch import Tensor, nn
@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from detectron2.layers import Conv2d, FrozenBatchNorm2d, ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY
-from detectron2.modeling.backbone import FPN, BasicStem, ResNet
+from detectron2.modeling.backbone import FPN, Backbone, BasicStem, ResNet
 from detectron2.modeling.backbone.fpn import LastLevelP6P7
 from detectron2.modeling.backbone.resnet import BasicBlock, BottleneckBlock
 
@@ -218,6 +218,28 @@ def resnet_fpn(
         norm=fpn_norm,
         top_block=top_block,
     )
+
+
+def padding_rule(backbone: Backbone) -> Tuple[int, bool]:
+    """What the sides of padded images have to be, on every version of Detectron2.
+
+    After 0.6, backbones may have `padding_constraints` beside `size_divisibility`: a divisor that
+    replaces it, and a square that images are padded to. Images within a square are padded to it by
+    padding to multiples of its side.
+
+    Args:
+        backbone: images -> feature maps by name.
+
+    Returns:
+        What height and width in pixels must be multiples of, and whether both must equal it.
+    """
+    constraints = getattr(backbone, "padding_constraints", {})
+    divisor = backbone.size_divisibility
+    # The second is how Detectron2's SimpleFeaturePyramid spells it; its size_divisibility is 0.
+    for key in ("size_divisibility", "size_divisiblity"):
+        divisor = constraints.get(key, divisor)
+    divisor, square = max(divisor, 1), constraints.get("square_size", 0)
+    return -(-max(square, 1) // divisor) * divisor, square > 0
 
 
 @BACKBONE_REGISTRY.register()

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from detectron2.modeling.box_regression import Box2BoxTransform as _Detectron2Box2BoxTransform
 
+from .checks import check_range
 from .geometry import box_centers, ltrb_distances
 
 # Pixels: the logarithm of a side is finite. Detectron2 takes boxes as thin as this as empty.
@@ -76,11 +77,9 @@ class PointToBoxTransform:
     """
 
     def __init__(self, anchor_scale: float = 8.0):
-        if not anchor_scale > 0:
-            raise ValueError(
-                f"PointToBoxTransform needs a positive anchor_scale, got {anchor_scale}. It is the "
-                "anchor size in strides: model.anchor_generator's size / stride."
-            )
+        name = "anchor_scale (size / stride of the anchors)"
+        key = "model.box2box_transform.anchor_scale"
+        check_range("PointToBoxTransform", name, anchor_scale, 0, key=key, ends="(]")
         self.anchor_scale = float(anchor_scale)
 
     def get_deltas(self, src_boxes: Tensor, target_boxes: Tensor) -> Tensor:

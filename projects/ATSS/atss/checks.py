@@ -3,6 +3,9 @@
 Each returns the value it was given, so that a check fits where the value is stored::
 
     self.topk = check_integer("ATSSAssigner", "topk", topk, 1, "model.assigner.topk")
+
+and raises a `ValueError` for any other. `owner` is the class or function that takes the argument,
+`name` is that of the argument, and `key` is the config key to change, "" where there is none.
 """
 
 import math
@@ -13,17 +16,7 @@ from typing import Any, Iterable, Optional
 def check_integer(
     owner: str, name: str, value: Any, low: int, key: str = "", high: Optional[int] = None
 ) -> int:
-    """An integer, `True` and `False` excluded, of at least `low` and at most `high`.
-
-    Args:
-        owner: class or function that takes the argument.
-        name: of the argument.
-        value: what arrived.
-        low, high: bounds, both inclusive; None for no upper bound.
-        key: config key to change; "" where there is none.
-
-    Raises:
-        ValueError: for anything else.
+    """An integer from `low` to `high`, both inclusive; `True` and `False` are none.
 
     Example:
         >>> check_integer("ATSSAssigner", "topk", 9, 1, "model.assigner.topk")
@@ -48,19 +41,12 @@ def check_range(
     key: str = "",
     ends: str = "[]",
 ) -> float:
-    """A number in an interval; NaN and `True` and `False` are in none.
+    """A finite number in an interval; `True` and `False` are none.
 
     Args:
-        owner: class or function that takes the argument.
-        name: of the argument.
-        value: what arrived.
+        owner, name, value, key: see above.
         low, high: bounds of the interval; either may be infinite.
-        key: config key to change; "" where there is none.
-        ends: "[" or "(" and "]" or ")", as in mathematics: a square bracket includes its bound. So
-            "[)" with `high` of infinity refuses infinity.
-
-    Raises:
-        ValueError: for anything else.
+        ends: "[" or "(" and "]" or ")", as in mathematics: a square bracket includes its bound.
 
     Example:
         >>> check_range("ATSSHead", "prior_prob", 0.01, 0, 1, "model.head.prior_prob", ends="()")
@@ -68,35 +54,25 @@ def check_range(
         >>> check_range("ATSSHead", "prior_prob", 1.0, 0, 1, "model.head.prior_prob", ends="()")
         Traceback (most recent call last):
         ValueError: ATSSHead needs prior_prob in (0, 1), got 1.0. Change model.head.prior_prob.
-        >>> check_range("DenseLoss", "focal_gamma", -2, 0, key="model.loss.focal_gamma")
+        >>> check_range("DenseLoss", "smooth_l1_beta", -2, 0, key="model.loss.smooth_l1_beta")
         Traceback (most recent call last):
-        ValueError: DenseLoss needs focal_gamma >= 0, got -2. Change model.loss.focal_gamma.
+        ValueError: DenseLoss needs a finite smooth_l1_beta >= 0, got -2. Change
+            model.loss.smooth_l1_beta.
     """
-    is_number = isinstance(value, Real) and not isinstance(value, bool)
-    is_inside = is_number and (
-        (low < value or (ends[0] == "[" and value == low))
-        and (value < high or (ends[1] == "]" and value == high))
-    )
-    if not is_inside:
-        bounds = f"in {ends[0]}{low}, {high}{ends[1]}"
-        if high == math.inf and ends[1] == "]":
-            bounds = f"{'>=' if ends[0] == '[' else '>'} {low}"
-        raise _error(f"{owner} needs {name} {bounds}, got {value!r}.", key)
+    is_number = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    is_above = is_number and (low < value or (ends[0] == "[" and value == low))
+    if not (is_above and (value < high or (ends[1] == "]" and value == high))):
+        needed = f"{name} in {ends[0]}{low}, {high}{ends[1]}"
+        if high == math.inf:
+            needed = f"a finite {name}"
+            if low > -math.inf:
+                needed += f" {'>=' if ends[0] == '[' else '>'} {low}"
+        raise _error(f"{owner} needs {needed}, got {value!r}.", key)
     return value
 
 
 def check_choice(owner: str, name: str, value: Any, choices: Iterable, key: str = "") -> Any:
     """One of several values.
-
-    Args:
-        owner: class or function that takes the argument.
-        name: of the argument.
-        value: what arrived.
-        choices: the values that are known.
-        key: config key to change; "" where there is none.
-
-    Raises:
-        ValueError: for anything else.
 
     Example:
         >>> known = ("giou", "smooth_l1")

@@ -80,6 +80,10 @@ def add_atss_config(cfg: CN) -> None:
     cfg.TEST.AUG.VOTE_THRESH = 0.66
     cfg.TEST.AUG.SOFT_SCORE_THRESH = 0.05
 
+    # Of the training samplers; Detectron2 0.5 does not have them yet.
+    cfg.DATALOADER.setdefault("REPEAT_SQRT", True)
+    cfg.DATALOADER.setdefault("RANDOM_SUBSET_RATIO", 1.0)
+
     cfg.SOLVER.OPTIMIZER = "SGD"  # or "AdamW"
     cfg.SOLVER.WEIGHT_DECAY_NORM = None  # that of WEIGHT_DECAY
     # "float16" needs a GPU, "bfloat16" works everywhere, "auto" is bfloat16 where it is fast.

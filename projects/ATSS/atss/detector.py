@@ -1,7 +1,7 @@
 """The one-stage detector: images in, instances out."""
 
 import inspect
-from typing import Dict, List, Optional, Sequence, Tuple
+from typing import Dict, List, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -11,18 +11,16 @@ from detectron2.data.detection_utils import convert_image_to_rgb
 from detectron2.modeling import META_ARCH_REGISTRY, build_backbone
 from detectron2.modeling.backbone import Backbone
 from detectron2.modeling.postprocessing import detector_postprocess
-from detectron2.structures import Boxes, ImageList, Instances
+from detectron2.structures import ImageList, Instances
 from detectron2.utils.events import get_event_storage
 
-from .backbone import P6P7FromP5
+from .backbone import P6P7FromP5, padding_rule
 from .build import build_parts
 from .device import instances_to_device, to_device
 from .postprocessing.traceable import move_like
 from .proposal_generator import ATSS
 from .stored_settings import StoresSettings, turn_channels
-
-# Pixels; a coordinate beyond is an error, and the areas of such boxes would overflow.
-_FURTHEST = 1e6
+from .targets import boxes_on_host, check_gt_instances
 
 
 @META_ARCH_REGISTRY.register()
@@ -118,13 +116,17 @@ class ATSSDetector(StoresSettings, nn.Module):
         if not self.training:
             features = self.backbone(images.tensor)
             results, _ = self.proposal_generator(images, features)
-            return self._postprocess(results, batched_inputs, images.image_sizes)
+            outputs = []
+            for result, inputs in zip(results, batched_inputs):
+                height, width = result.image_size
+                size = inputs.get("height", height), inputs.get("width", width)
+                outputs.append({"instances": detector_postprocess(result, *size)})
+            return outputs
 
         gt_instances = self._gt_instances(batched_inputs)
         features = self.backbone(images.tensor)
-        _, losses = self.proposal_generator(
-            images, features, gt_instances, _boxes_on_host(batched_inputs)
-        )
+        on_host = boxes_on_host([inputs["instances"] for inputs in batched_inputs])
+        _, losses = self.proposal_generator(images, features, gt_instances, on_host)
         if self.vis_period > 0 and get_event_storage().iter % self.vis_period == 0:
             self.visualize_training(batched_inputs, images, features)
         return losses
@@ -165,12 +167,14 @@ class ATSSDetector(StoresSettings, nn.Module):
         self, batched_inputs: List[Dict], images: ImageList, features: Dict[str, Tensor]
     ) -> None:
         """Put a picture of the first image, ground truth above detections, into the storage."""
-        from detectron2.utils.visualizer import Visualizer  # matplotlib, only if asked for
+        from detectron2.evaluation import inference_context  # these two only if asked for:
+        from detectron2.utils.visualizer import Visualizer  # pycocotools, matplotlib
 
         max_boxes = 20
         core = self.proposal_generator
-        with torch.no_grad():
-            feature_list = [features[name][:1] for name in core.in_features]
+        feature_list = [features[name][:1] for name in core.in_features]
+        # In evaluation mode: a picture must not count in the running statistics of batch norms.
+        with torch.no_grad(), inference_context(core.head):
             results = core.inference(core.head(feature_list), feature_list, images.image_sizes[:1])
         image = batched_inputs[0]["image"].cpu().permute(1, 2, 0)
         image = convert_image_to_rgb(image, self.input_format)
@@ -194,85 +198,6 @@ class ATSSDetector(StoresSettings, nn.Module):
                 )
             check_gt_instances(inputs["instances"], num_classes, inputs.get("image_id", i))
         return [instances_to_device(inputs["instances"], self.device) for inputs in batched_inputs]
-
-    @staticmethod
-    def _postprocess(
-        results: List[Instances],
-        batched_inputs: List[Dict],
-        image_sizes: List[Tuple[int, int]],
-    ) -> List[Dict[str, Instances]]:
-        processed = []
-        for result, inputs, image_size in zip(results, batched_inputs, image_sizes):
-            height = inputs.get("height", image_size[0])
-            width = inputs.get("width", image_size[1])
-            processed.append({"instances": detector_postprocess(result, height, width)})
-        return processed
-
-
-def padding_rule(backbone: Backbone) -> Tuple[int, bool]:
-    """What the sides of padded images have to be, on every version of Detectron2.
-
-    After 0.6, backbones may have `padding_constraints` beside `size_divisibility`: a divisor that
-    replaces it, and a square that images are padded to. Images within a square are padded to it by
-    padding to multiples of its side.
-
-    Args:
-        backbone: images -> feature maps by name.
-
-    Returns:
-        What height and width in pixels must be multiples of, and whether both must equal it.
-    """
-    constraints = getattr(backbone, "padding_constraints", {})
-    divisor = backbone.size_divisibility
-    # The second is how Detectron2's SimpleFeaturePyramid spells it; its size_divisibility is 0.
-    for key in ("size_divisibility", "size_divisiblity"):
-        divisor = constraints.get(key, divisor)
-    divisor, square = max(divisor, 1), constraints.get("square_size", 0)
-    return -(-max(square, 1) // divisor) * divisor, square > 0
-
-
-def _boxes_on_host(batched_inputs: List[Dict]) -> Optional[List[Boxes]]:
-    """Ground-truth boxes as the loader gives them, if they are on the CPU."""
-    gt_boxes = [inputs["instances"].gt_boxes for inputs in batched_inputs]
-    is_on_host = all(boxes.tensor.device.type == "cpu" for boxes in gt_boxes)
-    return gt_boxes if is_on_host else None
-
-
-def check_gt_instances(instances: Instances, num_classes: int, image_id: Optional[object]) -> None:
-    """Refuse ground truth that would turn into NaN losses or a CUDA assertion later.
-
-    Only looks at ground truth that is still on the host: there it costs microseconds, on a GPU it
-    would wait for all queued work.
-
-    Args:
-        instances: `gt_boxes` xyxy in pixels and `gt_classes` of one image.
-        num_classes: K.
-        image_id: how the message names the image.
-
-    Raises:
-        ValueError: naming the image, the object and its values.
-    """
-    boxes = instances.gt_boxes.tensor
-    if boxes.device.type != "cpu" or len(boxes) == 0:
-        return
-    # Not the other way round: comparisons with NaN are false.
-    is_bad = ~(boxes.abs() <= _FURTHEST).all(dim=1) | (boxes[:, 2:] < boxes[:, :2]).any(dim=1)
-    if is_bad.any():
-        i = int(is_bad.nonzero()[0])
-        raise ValueError(
-            f"Ground-truth box {i} of image {image_id!r} is {boxes[i].tolist()}; boxes need finite "
-            f"x1 <= x2 and y1 <= y2 in pixels, within {_FURTHEST:.0f} px. Check the annotations "
-            "and the augmentations."
-        )
-    classes = instances.gt_classes
-    is_bad = (classes < 0) | (classes >= num_classes)
-    if is_bad.any():
-        i = int(is_bad.nonzero()[0])
-        raise ValueError(
-            f"Object {i} of image {image_id!r} has class {int(classes[i])}, but the model has "
-            f"{num_classes} classes (0 to {num_classes - 1}). Change model.num_classes "
-            "(MODEL.ATSS.NUM_CLASSES) or the annotations."
-        )
 
 
 def build_detector(

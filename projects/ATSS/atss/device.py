@@ -17,11 +17,9 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     """A tensor on a device; the copy is queued behind the work that is queued already.
 
     Args:
-        tensor: of any shape; must not be written to before the copy is done.
+        tensor: returned itself if on the device already; else must not be written to before the
+            copy is done.
         device: of the result.
-
-    Returns:
-        The tensor itself if it is on the device already.
     """
     if device.type == "cuda" and tensor.device.type == "cpu" and not is_compiling():
         tensor = tensor.pin_memory()
@@ -31,29 +29,15 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
 def host_constant(
     values: Sequence, device: torch.device, dtype: torch.dtype = torch.int64
 ) -> Tensor:
-    """Numbers of the host as a tensor; `torch.tensor(values, device="cuda")` would wait.
-
-    Args:
-        values: (nested) sequence of numbers.
-        device: of the result.
-        dtype: of the result.
-
-    Returns:
-        Tensor of the shape of `values`.
-    """
+    """A (nested) sequence of numbers as a tensor; `torch.tensor` on the GPU would wait."""
     return to_device(torch.tensor(values, dtype=dtype, device="cpu"), device)
 
 
 def instances_to_device(instances: Instances, device: torch.device) -> Instances:
     """`Instances.to`, which would wait once for every field.
 
-    Args:
-        instances: fields of `Boxes` or tensors are copied as `to_device` does, others by their own
-            `to`, and those without one are kept.
-        device: of the result.
-
-    Returns:
-        New `Instances` with the same fields.
+    Tensors and `Boxes` are copied as `to_device` does, other fields by their own `to`, and those
+    without one are kept.
     """
     moved = Instances(instances.image_size)
     for name, value in instances.get_fields().items():
@@ -72,9 +56,6 @@ class CompiledWhereSupported:
 
     Compilation needs Triton on a GPU and a C++ compiler on a CPU. Where it fails, a warning says so
     once, and the function runs uncompiled from then on.
-
-    Args:
-        function: of tensors and numbers.
     """
 
     def __init__(self, function: Callable):
@@ -89,9 +70,9 @@ class CompiledWhereSupported:
             if self._compiled is None:
                 self._compiled = torch.compile(self.function, dynamic=True)
             return self._compiled(*args)
-        except Exception as error:  # compilers fail in many ways; out of memory is not theirs
-            if isinstance(error, torch.cuda.OutOfMemoryError):
-                raise
+        except torch.cuda.OutOfMemoryError:
+            raise
+        except Exception as error:  # compilers fail in many ways
             self._failed = True
             warnings.warn(
                 f"{self.function.__name__} could not be compiled and runs uncompiled from now on: "
@@ -111,9 +92,6 @@ def compile_dense_parts(model: nn.Module, dynamic: Optional[bool] = None) -> nn.
         model: `ATSSDetector` or a two-stage model; changed in place.
         dynamic: compile for images of any size at once; None compiles for the first size, and for
             any size when there is a second.
-
-    Returns:
-        The model.
 
     Raises:
         ValueError: for a torch that cannot compile a module in place.

@@ -7,13 +7,14 @@ switches: GroupNorm, centerness, one scale per level.
 import math
 from typing import List, Sequence
 
+import torch
 from torch import Tensor, nn
 
 from detectron2.layers import get_norm
 from detectron2.utils.registry import Registry
 
 from .checks import check_choice, check_integer, check_range
-from .layers import LevelScale, PackedDeformConv2d
+from .layers import PackedDeformConv2d
 from .predictions import DensePredictions
 
 ATSS_HEAD_REGISTRY = Registry("ATSS_HEAD")
@@ -23,6 +24,22 @@ Called with the keyword arguments of the registered class.
 """
 
 _KNOWN_NORMS = ("", "BN", "SyncBN", "FrozenBN", "GN", "nnSyncBN", "naiveSyncBN")
+
+
+class LevelScale(nn.Module):
+    """One learned factor for one pyramid level, so that levels share a head (Table 1, last row).
+
+    Args:
+        initial: value at the start of training.
+    """
+
+    def __init__(self, initial: float = 1.0):
+        super().__init__()
+        self.scale = nn.Parameter(torch.full((1,), float(initial)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Multiply (N, C, H, W) by the factor."""
+        return x * self.scale
 
 
 @ATSS_HEAD_REGISTRY.register()

@@ -1,13 +1,14 @@
-"""Layers that Detectron2 lacks: level scales, and deformable convolutions for every device.
+"""Deformable convolutions for every device.
 
-Detectron2's deformable layers need its compiled part, train on a GPU only and cannot be scripted.
-The ones here hold the same parameters and take the same arguments, on torchvision's operator.
+Detectron2's own need its compiled part, train on a GPU only and cannot be scripted.
+Those here hold the same parameters and take the same arguments, on torchvision's operator.
 """
 
 from typing import Callable, Optional, Tuple, Union
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.utils import _pair
 from torchvision.ops import deform_conv2d
 
 from detectron2.layers import deform_conv as d2_deform
@@ -15,22 +16,7 @@ from detectron2.layers import deform_conv as d2_deform
 from .checks import check_choice
 
 _kernel = "torchvision"  # what `set_deform_kernel` set last
-
-
-class LevelScale(nn.Module):
-    """One learned factor for one pyramid level, so that levels share a head (Table 1, last row).
-
-    Args:
-        initial: value at the start of training.
-    """
-
-    def __init__(self, initial: float = 1.0):
-        super().__init__()
-        self.scale = nn.Parameter(torch.full((1,), float(initial)))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Multiply (N, C, H, W) by the factor."""
-        return x * self.scale
+_WINDOW = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation")
 
 
 class DeformConv2d(nn.Module):
@@ -138,12 +124,9 @@ class DeformConv2d(nn.Module):
         return deform_conv2d(inputs, offsets, weight, bias, *window, factors).to(x.dtype)
 
     def extra_repr(self) -> str:
-        return (
-            f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, "
-            f"stride={self.stride}, padding={self.padding}, dilation={self.dilation}, "
-            f"groups={self.groups}, deformable_groups={self.deformable_groups}, "
-            f"bias={self.bias is not None}"
-        )
+        names = (*_WINDOW, "groups", "deformable_groups")
+        facts = [f"{name}={getattr(self, name)}" for name in names]
+        return ", ".join([*facts, f"bias={self.bias is not None}"])
 
 
 class PackedDeformConv2d(DeformConv2d):
@@ -227,24 +210,10 @@ def swap_deform_convs(model: nn.Module) -> nn.Module:
 
 
 def _from_detectron2(layer: nn.Module) -> DeformConv2d:
-    swapped = DeformConv2d(
-        layer.in_channels,
-        layer.out_channels,
-        layer.kernel_size,
-        layer.stride,
-        layer.padding,
-        layer.dilation,
-        layer.groups,
-        layer.deformable_groups,
-        norm=layer.norm,
-        activation=layer.activation,
-    )
+    names = (*_WINDOW, "groups", "deformable_groups", "norm", "activation")
+    swapped = DeformConv2d(**{name: getattr(layer, name) for name in names})
     swapped.weight, swapped.bias = layer.weight, layer.bias
     return swapped.train(layer.training)
-
-
-def _pair(value: Union[int, Tuple[int, int]]) -> Tuple[int, int]:
-    return (value, value) if isinstance(value, int) else (int(value[0]), int(value[1]))
 
 
 def _check_inputs(layer: DeformConv2d, x: Tensor, offset: Tensor, mask: Optional[Tensor]) -> None:

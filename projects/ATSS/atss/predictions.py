@@ -6,7 +6,7 @@ from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Un
 import torch
 from torch import Tensor
 
-from .anchors import AnchorGrid, Locations
+from .anchor_grid import AnchorGrid, LatticePlaces
 from .box_regression import Box2BoxTransform, PointToBoxTransform
 
 
@@ -64,12 +64,12 @@ class DensePredictions:
             ("deltas", self.deltas, 4, "A*4"),
             ("quality", self.quality, 1, "A"),
         )
-        for name, maps, per_anchor, formula in expected:
+        for name, maps, num_values, formula in expected:
             for level in maps or ():
-                if level.shape[1] != self.num_anchors * per_anchor:
+                if level.shape[1] != self.num_anchors * num_values:
                     raise ValueError(
                         f"The head's {name} have {level.shape[1]} channels, but {formula} = "
-                        f"{self.num_anchors * per_anchor} are needed for A = {self.num_anchors} "
+                        f"{self.num_anchors * num_values} are needed for A = {self.num_anchors} "
                         f"anchors per location and K = {num_classes} classes. What a head predicts "
                         "beyond that belongs into DensePredictions.extra."
                     )
@@ -88,38 +88,37 @@ class Places(NamedTuple):
 
     Attributes:
         image_idxs: (S,) int64, which of the N images.
-        locations: level, position and cell, (S,) each.
+        lattice: level, location and cell, (S,) each.
         num_locations: (S,) int64, Hi * Wi of that level.
         locations_before: (S,) int64, Hi * Wi of the levels before it, summed.
     """
 
     image_idxs: Tensor
-    locations: Locations
+    lattice: LatticePlaces
     num_locations: Tensor
     locations_before: Tensor
 
     @classmethod
     def of(cls, grid: AnchorGrid, image_idxs: Tensor, anchor_idxs: Tensor) -> "Places":
         """Places of anchors given by image and by index among the R anchors of an image."""
-        locations = grid.locate(anchor_idxs)
-        num_locations, locations_before = grid.num_locations[:, locations.levels].unbind()
-        return cls(image_idxs, locations, num_locations, locations_before)
+        lattice = grid.locate(anchor_idxs)
+        return cls(image_idxs, lattice, *grid.num_locations[:, lattice.levels].unbind())
 
 
 class FlatMaps(NamedTuple):
     """Maps of all levels as flat views of their memory, in one common order.
 
     Attributes:
-        values: L tensors (N * depth * Hi * Wi,).
+        values: L tensors (N * A*V * Hi * Wi,).
         num_images: N.
-        depth: channels of every map.
+        num_channels: A*V, of every map.
         channels_last: whether that order is image, row, column, channel instead of image, channel,
             row, column.
     """
 
     values: List[Tensor]
     num_images: int
-    depth: int
+    num_channels: int
     channels_last: bool
 
     @classmethod
@@ -133,28 +132,23 @@ class FlatMaps(NamedTuple):
         return cls(values, *maps[0].shape[:2], channels_last)
 
     def offsets(self, places: Places, num_anchors: int, which: Optional[Tensor] = None) -> Tensor:
-        """Where in `values` the predictions of S anchors lie, (S, D) int64.
-
-        Args:
-            places: of the S anchors.
-            num_anchors: A.
-            which: see `read_maps`.
-        """
-        per_anchor = self.depth // num_anchors
+        """Where in the values of its level each prediction lies, (S, V) int64: see `read_maps`."""
+        num_values = self.num_channels // num_anchors
         if which is None:
-            which = torch.arange(per_anchor, device=places.num_locations.device)
-        image_idxs, sizes, positions, cells = (
-            x.unsqueeze(1) for x in (places.image_idxs, places.num_locations, *places.locations[1:])
+            which = torch.arange(num_values, device=places.num_locations.device)
+        _, locations, cells = places.lattice
+        image_idxs, sizes, locations, cells = (
+            x.unsqueeze(1) for x in (places.image_idxs, places.num_locations, locations, cells)
         )
-        channels = cells * per_anchor + which
+        channels = cells * num_values + which
         if self.channels_last:
-            return (image_idxs * sizes + positions) * self.depth + channels
-        return (image_idxs * self.depth + channels) * sizes + positions
+            return (image_idxs * sizes + locations) * self.num_channels + channels
+        return (image_idxs * self.num_channels + channels) * sizes + locations
 
     def gather(self, places: Places, offsets: Tensor) -> Tensor:
-        """Values at (S, D) offsets in the levels of S anchors; gradients flow back."""
-        starts = places.locations_before * (self.num_images * self.depth)
-        levels = places.locations.levels
+        """Values at (S, V) offsets in the levels of S anchors; gradients flow back."""
+        starts = places.locations_before * (self.num_images * self.num_channels)
+        levels = places.lattice.levels
         return _Gather.apply(levels.unsqueeze(1), offsets, starts.unsqueeze(1), *self.values)
 
 
@@ -163,11 +157,11 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, levels: Tensor, offsets: Tensor, starts: Tensor, *values: Tensor) -> Tensor:
-        positions = starts + offsets
-        ctx.save_for_backward(positions)
+        idxs = starts + offsets  # among the values of all levels
+        ctx.save_for_backward(idxs)
         ctx.sizes = [x.numel() for x in values]
         if offsets.numel() >= sum(ctx.sizes):  # then joining the levels costs less than the search
-            return torch.cat(values).index_select(0, positions.view(-1)).view(offsets.shape)
+            return torch.cat(values).index_select(0, idxs.view(-1)).view(offsets.shape)
         result = values[0].new_zeros(offsets.shape)
         for i, level in enumerate(values):
             is_here = levels == i
@@ -177,9 +171,9 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        (positions,) = ctx.saved_tensors
+        (idxs,) = ctx.saved_tensors
         buffer = grad.new_zeros(sum(ctx.sizes))
-        buffer.index_add_(0, positions.view(-1), grad.reshape(-1))
+        buffer.index_add_(0, idxs.view(-1), grad.reshape(-1))
         return (None, None, None, *buffer.split(ctx.sizes))
 
 
@@ -189,17 +183,16 @@ def read_maps(
     """Predictions of S anchors, without a copy of the maps; gradients flow back.
 
     Args:
-        maps: L tensors (N, A*D, Hi, Wi), in either memory format.
+        maps: L tensors (N, A*V, Hi, Wi), in either memory format.
         places: of the S anchors.
         num_anchors: A.
-        which: (S, D') int64 in 0..D-1, which of the D predictions of each anchor; all by default.
+        which: (S, 1) int64 in 0..V-1, the only value that is read of each anchor.
 
     Returns:
-        (S, D) or (S, D').
+        (S, V), or (S, 1) with `which`.
     """
     flat = FlatMaps.of(maps)
-    offsets = flat.offsets(places, num_anchors, which)
-    return flat.gather(places, offsets)
+    return flat.gather(places, flat.offsets(places, num_anchors, which))
 
 
 class PredictionsAt:
@@ -271,28 +264,17 @@ class PredictionsAt:
 
 
 def flatten_level(prediction: Tensor, num_anchors: int) -> Tensor:
-    """Bring the predictions of a level into the order of its anchors: row, column, anchor.
-
-    Args:
-        prediction: (N, A*D, Hi, Wi).
-        num_anchors: A.
+    """Bring the predictions of a level, (N, A*V, Hi, Wi), into the order of its anchors.
 
     Returns:
-        (N, Hi*Wi*A, D).
+        (N, Hi*Wi*A, V): by row, column, anchor.
     """
-    num_images, channels, height, width = prediction.shape
-    prediction = prediction.view(num_images, num_anchors, channels // num_anchors, height, width)
-    return prediction.permute(0, 3, 4, 1, 2).reshape(num_images, -1, channels // num_anchors)
+    num_images, num_channels, height, width = prediction.shape
+    num_values = num_channels // num_anchors
+    prediction = prediction.view(num_images, num_anchors, num_values, height, width)
+    return prediction.permute(0, 3, 4, 1, 2).reshape(num_images, -1, num_values)
 
 
 def flatten_levels(predictions: Sequence[Tensor], num_anchors: int) -> Tensor:
-    """Predictions of all levels in the order of the R anchors of an image.
-
-    Args:
-        predictions: L tensors (N, A*D, Hi, Wi).
-        num_anchors: A.
-
-    Returns:
-        (N, R, D).
-    """
+    """`flatten_level` of L levels, joined: (N, R, V)."""
     return torch.cat([flatten_level(level, num_anchors) for level in predictions], dim=1)

@@ -16,7 +16,7 @@ from .box_regression import Box2BoxTransform, PointToBoxTransform
 from .build import build_parts
 from .geometry import box_areas
 from .losses import DenseLoss
-from .postprocessing import DetectionSelector, ProposalSelector
+from .postprocessing import DetectionSelector, ProposalSelector, SelectionInputs
 from .predictions import DensePredictions, PredictionsAt
 from .stored_settings import StoresSettings
 from .targets import Targets, label_anchors
@@ -155,19 +155,15 @@ class ATSS(StoresSettings, nn.Module):
         features: Sequence[Tensor],
         image_sizes: Sequence[Tuple[int, int]],
     ) -> List[Instances]:
-        """Detections of a batch, or proposals as first stage.
+        """Detections of a batch, or proposals as first stage: N `Instances` as `forward` has them.
 
         Args:
-            predictions: raw output of the head.
+            predictions, image_sizes: see `SelectionInputs`.
             features: L feature maps, for the sizes of the levels.
-            image_sizes: N (height, width) in pixels, before padding.
-
-        Returns:
-            N `Instances` with `pred_boxes`, `scores` and `pred_classes`, or `proposal_boxes` and
-            `objectness_logits`, by falling score.
         """
         anchors = self.anchor_generator(features)
-        return self.selector(predictions, anchors, image_sizes, self.decode, self.training)
+        inputs = SelectionInputs(predictions, anchors, image_sizes, self.decode)
+        return self.selector(inputs, self.training)
 
     def decode(self, deltas: Tensor, anchors: Tensor) -> Tensor:
         """Boxes that deltas mean: (P, 4) deltas and anchors to (P, 4) xyxy in pixels."""

@@ -1,19 +1,22 @@
-"""Training targets: what the samples of an assignment have to learn."""
+"""Training targets: what samples have to learn, and the checks of the ground truth."""
 
 from dataclasses import dataclass
-from typing import Optional, Sequence, Union
+from typing import List, Optional, Sequence, Union
 
 import torch
 from torch import Tensor
 
 from detectron2.structures import Boxes, Instances
 
-from .anchors import Anchors
+from .anchor_grid import Anchors
 from .assigners import Assigner, Assignment, PredictionAssigner
 from .assigners.assignment import concatenate_boxes
 from .device import to_device
 from .geometry import box_centers, ltrb_distances
 from .predictions import PredictionsAt
+
+# Pixels; a coordinate beyond is an error, and the areas of such boxes would overflow.
+_FURTHEST = 1e6
 
 
 @dataclass
@@ -100,3 +103,47 @@ def centerness_targets(anchors: Tensor, boxes: Tensor) -> Tensor:
     tiny = torch.finfo(most.dtype).tiny  # a centre in the corner of an empty box: 0, not 0 / 0
     horizontal, vertical = (least / most.clamp(min=tiny)).unbind(dim=-1)
     return (horizontal * vertical).sqrt()
+
+
+def check_gt_instances(instances: Instances, num_classes: int, image_id: Optional[object]) -> None:
+    """Refuse ground truth that would turn into NaN losses or a CUDA assertion later.
+
+    Only looks at ground truth that is still on the host: there it costs microseconds, on a GPU it
+    would wait for all queued work.
+
+    Args:
+        instances: `gt_boxes` xyxy in pixels and `gt_classes` of one image.
+        num_classes: K.
+        image_id: how the message names the image.
+
+    Raises:
+        ValueError: naming the image, the object and its values.
+    """
+    boxes = instances.gt_boxes.tensor
+    if boxes.device.type != "cpu" or len(boxes) == 0:
+        return
+    # Not the other way round: comparisons with NaN are false.
+    is_bad = ~(boxes.abs() <= _FURTHEST).all(dim=1) | (boxes[:, 2:] < boxes[:, :2]).any(dim=1)
+    if is_bad.any():
+        i = int(is_bad.nonzero()[0])
+        raise ValueError(
+            f"Ground-truth box {i} of image {image_id!r} is {boxes[i].tolist()}; boxes need finite "
+            f"x1 <= x2 and y1 <= y2 in pixels, within {_FURTHEST:.0f} px. Check the annotations "
+            "and the augmentations."
+        )
+    classes = instances.gt_classes
+    is_bad = (classes < 0) | (classes >= num_classes)
+    if is_bad.any():
+        i = int(is_bad.nonzero()[0])
+        raise ValueError(
+            f"Object {i} of image {image_id!r} has class {int(classes[i])}, but the model has "
+            f"{num_classes} classes (0 to {num_classes - 1}). Change model.num_classes "
+            "(MODEL.ATSS.NUM_CLASSES) or the annotations."
+        )
+
+
+def boxes_on_host(gt_instances: Sequence[Instances]) -> Optional[List[Boxes]]:
+    """Ground-truth boxes as the loader gives them, if they are on the CPU."""
+    gt_boxes = [instances.gt_boxes for instances in gt_instances]
+    is_on_host = all(boxes.tensor.device.type == "cpu" for boxes in gt_boxes)
+    return gt_boxes if is_on_host else None

@@ -3,31 +3,29 @@
 import os
 import weakref
 from functools import partial
-from typing import Any, Dict, List
+from typing import Any, Dict, List, Optional
 
 import torch
+from fvcore.nn.precise_bn import get_bn_modules
 from torch import nn
 
 from detectron2.config import CfgNode
 from detectron2.data import build_detection_test_loader, build_detection_train_loader
-from detectron2.engine import DefaultTrainer, TrainerBase
+from detectron2.engine import DefaultTrainer, HookBase, TrainerBase
+from detectron2.engine.hooks import PreciseBN
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.solver.build import maybe_add_gradient_clipping
 from detectron2.utils import comm
 
-from .data import NamingMapper, load_dataset_dicts
+from .checks import check_choice
+from .data import NamingMapper, build_train_loader, load_dataset_dicts
+from .data.loader import SAMPLERS
 from .evaluation import build_evaluator
 from .optimizer import get_optimizer_params
-from .training.configs import get_setting
-from .training.runs import (
-    build_model,
-    build_step_trainer,
-    evaluate_checkpoint,
-    evaluate_with_tta,
-    load_for_training,
-    make_checkpointer,
-    say_if_finished,
-)
+from .training import build_model, evaluate_checkpoint, load_for_training, make_checkpointer
+from .training.evaluation import Results, evaluate_with_tta
+from .training.runs import build_hooks, build_step_trainer
+from .training.settings import get_setting
 
 _OPTIMIZERS = ("SGD", "AdamW")
 
@@ -37,10 +35,7 @@ class Trainer(DefaultTrainer):
 
     What differs from `DefaultTrainer`: parameter groups (`get_optimizer_params`), COCO evaluation,
     mixed precision that does not need CUDA, ground truth checked before the first step, and
-    checkpoints that must fit the model.
-
-    Args:
-        cfg: config with `add_atss_config`'s keys.
+    checkpoints that must fit the model. The config needs `add_atss_config`'s keys.
 
     Raises:
         FileNotFoundError, ValueError: for data or settings that cannot work, before training.
@@ -62,6 +57,24 @@ class Trainer(DefaultTrainer):
         self.cfg = cfg
         self.register_hooks(self.build_hooks())
 
+    def build_hooks(self) -> List[Optional[HookBase]]:
+        """Those of every run, and precise batch norm (TEST.PRECISE_BN) before a checkpoint."""
+
+        def evaluate() -> Results:
+            self._last_eval_results = self.test(self.cfg, self.model)
+            return self._last_eval_results
+
+        precise = []
+        if self.cfg.TEST.PRECISE_BN.ENABLED and get_bn_modules(self.model):
+            cfg = self.cfg.clone()
+            cfg.defrost()
+            cfg.DATALOADER.NUM_WORKERS = 0  # it has a loader of its own
+            loader, num_iters = self.build_train_loader(cfg), cfg.TEST.PRECISE_BN.NUM_ITER
+            precise.append(PreciseBN(cfg.TEST.EVAL_PERIOD, self.model, loader, num_iters))
+        return build_hooks(
+            self.cfg, self.checkpointer, self.scheduler, evaluate, self.build_writers, precise
+        )
+
     @classmethod
     def build_model(cls, cfg: CfgNode) -> nn.Module:
         """The model of the config, in its memory format and on its device."""
@@ -75,10 +88,7 @@ class Trainer(DefaultTrainer):
             ValueError: for another SOLVER.OPTIMIZER.
         """
         solver = cfg.SOLVER
-        if solver.OPTIMIZER not in _OPTIMIZERS:
-            raise ValueError(
-                f"Unknown SOLVER.OPTIMIZER {solver.OPTIMIZER!r}; known are {list(_OPTIMIZERS)}."
-            )
+        check_choice("Trainer", "optimizer", solver.OPTIMIZER, _OPTIMIZERS, "SOLVER.OPTIMIZER")
         decay_bias = solver.WEIGHT_DECAY_BIAS
         groups = get_optimizer_params(
             model,
@@ -96,14 +106,28 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode):
-        """Detectron2's loader over checked ground truth."""
+        """Loader over checked ground truth; Detectron2's for samplers that only it has."""
         dataset = load_dataset_dicts(
             cfg.DATASETS.TRAIN,
             get_setting(cfg, "num_classes"),
             cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
             cfg.MODEL.MASK_ON,
         )
-        return build_detection_train_loader(cfg, dataset=dataset, mapper=NamingMapper(cfg, True))
+        mapper, loading = NamingMapper(cfg, True), cfg.DATALOADER
+        if loading.SAMPLER_TRAIN not in SAMPLERS:
+            return build_detection_train_loader(cfg, dataset=dataset, mapper=mapper)
+        return build_train_loader(
+            dataset,
+            mapper,
+            total_batch_size=cfg.SOLVER.IMS_PER_BATCH,
+            num_workers=loading.NUM_WORKERS,
+            aspect_ratio_grouping=loading.ASPECT_RATIO_GROUPING,
+            sampler=loading.SAMPLER_TRAIN,
+            repeat_threshold=loading.REPEAT_THRESHOLD,
+            repeat_sqrt=loading.REPEAT_SQRT,
+            subset_ratio=loading.RANDOM_SUBSET_RATIO,
+            seed=cfg.SEED,
+        )
 
     @classmethod
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str):
@@ -135,14 +159,9 @@ class Trainer(DefaultTrainer):
         """Start from MODEL.WEIGHTS, or continue from the last checkpoint of OUTPUT_DIR.
 
         Raises:
-            FileNotFoundError: nothing to resume, or no such weights.
-            ValueError: weights that match no parameter, or of which some is missing to resume.
+            FileNotFoundError, ValueError: see `load_for_training`.
         """
-        load_for_training(self.cfg, self.checkpointer, resume)
-        if resume:
-            # A checkpoint holds the iteration that was just finished.
-            self.start_iter = self.iter + 1
-            say_if_finished(self.cfg, self.start_iter)
+        self.start_iter = load_for_training(self.cfg, self.checkpointer, resume)
 
     def state_dict(self) -> Dict[str, Any]:
         state = TrainerBase.state_dict(self)

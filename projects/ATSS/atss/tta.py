@@ -16,13 +16,13 @@ from detectron2.config import configurable
 from detectron2.data.detection_utils import read_image
 from detectron2.data.transforms import ResizeShortestEdge
 from detectron2.modeling.postprocessing import detector_postprocess
-from detectron2.structures import Boxes, Instances
+from detectron2.structures import Instances
 from detectron2.utils.file_io import PathManager
 
-from .postprocessing.eager import Detections, suppress
+from .checks import check_choice
+from .postprocessing import Detections
+from .postprocessing.eager import suppress
 from .postprocessing.voting import vote_boxes
-
-_MERGES = ("nms", "vote", "soft-vote")
 
 
 class View(NamedTuple):
@@ -91,8 +91,7 @@ def make_views(
     """Views of several scales.
 
     Args:
-        min_sizes: short edges in pixels.
-        max_size: most pixels of the long edge.
+        min_sizes, max_size: see `View`.
         flip: add the mirror image of each.
         size_ranges: one per scale, see `View`; none for no limits.
 
@@ -121,8 +120,7 @@ class ATSSWithTTA(nn.Module):
 
     Called as the detector is; also made as `ATSSWithTTA(cfg, model)`. Every view is a full
     detection with the detector's own NMS, one view at a time, so memory is that of the largest
-    view. Scaled views start from the image's file, not from the already scaled image, if the file
-    exists and has the size that "height" and "width" say.
+    view.
 
     Args:
         model: detector that takes Detectron2's dicts and gives `pred_boxes`, `scores` and
@@ -133,7 +131,8 @@ class ATSSWithTTA(nn.Module):
         vote_thresh: IoU at which boxes vote together.
         soft_score_thresh: least score of a box that "soft-vote" brings back.
         max_detections: how many to keep of an image; negative keeps all.
-        read_files: start scaled views from the image's file where it exists.
+        read_files: start scaled views from the image's file, not from the already scaled image, if
+            the file exists and has the size that "height" and "width" say.
 
     Raises:
         ValueError: for no views, or an unknown merge.
@@ -154,12 +153,13 @@ class ATSSWithTTA(nn.Module):
         super().__init__()
         views = release_views() if views is None else [View(*view) for view in views]
         if not views:
-            raise ValueError("ATSSWithTTA needs at least one view; see TEST.AUG.MIN_SIZES.")
-        if merge not in _MERGES:
-            raise ValueError(f"Unknown TEST.AUG.MERGE {merge!r}; known are {list(_MERGES)}.")
+            raise ValueError(
+                "ATSSWithTTA needs at least one view; see train.tta.min_sizes (TEST.AUG.MIN_SIZES)."
+            )
         self.model = model.module if isinstance(model, DistributedDataParallel) else model
         self.views = views
-        self.merge = merge
+        key = "train.tta.merge (TEST.AUG.MERGE)"
+        self.merge = check_choice("ATSSWithTTA", "merge", merge, ("nms", "vote", "soft-vote"), key)
         self.nms_thresh = nms_thresh
         self.vote_thresh = vote_thresh
         self.soft_score_thresh = soft_score_thresh
@@ -231,7 +231,7 @@ class ATSSWithTTA(nn.Module):
         if view.flip:
             x1, y1, x2, y2 = boxes.unbind(dim=1)
             boxes = torch.stack((size[1] - x2, y1, size[1] - x1, y2), dim=1)
-        result = _make_instances(size, boxes, found.scores, found.pred_classes)
+        result = Detections(boxes, found.scores, found.pred_classes).to_instances(size)
         low, high = view.size_range
         box_sizes = result.pred_boxes.area().sqrt()
         result = result[(box_sizes >= low) & (box_sizes <= high)]
@@ -239,34 +239,22 @@ class ATSSWithTTA(nn.Module):
 
     def _merge(self, found: List[Instances]) -> Instances:
         """Detections of all views, in one frame, as those of one image."""
-        candidates = Detections(
-            torch.cat([result.pred_boxes.tensor for result in found]),
-            torch.cat([result.scores for result in found]),
-            torch.cat([result.pred_classes for result in found]),
-        )
+        joined = Instances.cat(found)
+        candidates = Detections(joined.pred_boxes.tensor, joined.scores, joined.pred_classes)
         if self.merge == "nms":
-            keep = suppress(candidates, self.nms_thresh, self.max_detections)
-            merged = Detections(*(part[keep] for part in candidates))
+            merged = suppress(candidates, self.nms_thresh, self.max_detections)
         else:
             is_soft = self.merge == "soft-vote"
             merged = vote_boxes(candidates, self.vote_thresh, is_soft, self.soft_score_thresh)
             if self.max_detections >= 0:
-                merged = Detections(*(part[: self.max_detections] for part in merged))
-        return _make_instances(found[0].image_size, *merged)
-
-
-def _make_instances(
-    image_size: Tuple[int, int], boxes: Tensor, scores: Tensor, classes: Tensor
-) -> Instances:
-    return Instances(image_size, pred_boxes=Boxes(boxes), scores=scores, pred_classes=classes)
+                merged = merged.at(slice(self.max_detections))
+        return merged.to_instances(joined.image_size)
 
 
 def _view_image(image: Tensor, original: Optional[np.ndarray], view: View) -> Tensor:
     """(C, H, W) of a view; on the host if it is resized."""
     if view.min_size is not None:
-        array = original
-        if array is None:
-            array = image.cpu().permute(1, 2, 0).numpy()
+        array = image.cpu().permute(1, 2, 0).numpy() if original is None else original
         resize = ResizeShortestEdge(view.min_size, view.max_size).get_transform(array)
         array = resize.apply_image(np.ascontiguousarray(array))
         image = torch.from_numpy(np.ascontiguousarray(array.transpose(2, 0, 1)))

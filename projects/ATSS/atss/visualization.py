@@ -4,6 +4,7 @@ Pictures are (H, W, 3) uint8 arrays in BGR, OpenCV's order, so that `cv2.imwrite
 without conversion.
 """
 
+from collections import defaultdict
 from typing import Dict, List, Optional, Sequence, Tuple, Union
 
 import cv2
@@ -12,7 +13,7 @@ import torch
 
 from detectron2.structures import Boxes
 
-from .anchors import AnchorGrid
+from .anchor_grid import AnchorGrid
 from .assigners import Assignment
 from .geometry import box_centers
 
@@ -120,20 +121,19 @@ def draw_assignment(
         (H + 22, L * (W + 4) - 4, 3) uint8 BGR.
     """
     levels = anchors.boxes if isinstance(anchors, AnchorGrid) else anchors
-    labels = assignment.match_labels[index].cpu()
-    matched = assignment.matched_idxs[index].cpu()
-    learned = set(matched[labels == 1].tolist())
+    all_labels = assignment.match_labels[index].cpu()
+    all_matched = assignment.matched_idxs[index].cpu()
+    learned = set(all_matched[all_labels == 1].tolist())
+    sizes = [len(level) for level in levels]
+    by_level = (values[: sum(sizes)].split(sizes) for values in (all_labels, all_matched))
     dimmed = cv2.addWeighted(image, 0.45, np.full_like(image, 20), 0.55, 0)
     panels: List[np.ndarray] = []
-    first = 0
-    for i, level in enumerate(levels):
-        span = slice(first, first + len(level))
-        first += len(level)
-        is_positive = labels[span] == 1
-        objects = matched[span][is_positive].tolist()
+    for i, (level, labels, matched) in enumerate(zip(levels, *by_level)):
+        is_positive = labels == 1
+        objects = matched[is_positive].tolist()
         boxes = level.tensor.cpu()
         panel = dimmed.copy()
-        for center in box_centers(boxes[labels[span] < 0]).int().tolist():
+        for center in box_centers(boxes[labels < 0]).int().tolist():
             cv2.drawMarker(panel, tuple(center), (90, 90, 90), cv2.MARKER_TILTED_CROSS, 4, 1)
         outlined = panel.copy()
         for box, object_idx in zip(boxes[is_positive].round().int().tolist(), objects):
@@ -206,22 +206,23 @@ def plot_training(metrics: Sequence[Dict[str, float]], path: str, title: str = "
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    names = sorted({key for record in metrics for key in record if "loss" in key})
+    points = defaultdict(list)
+    for record in metrics:
+        for name, value in record.items():
+            points[name].append((record["iteration"], value))
     figure, (loss_axis, ap_axis) = plt.subplots(1, 2, figsize=(10, 4))
-    for name in names:
-        points = [(r["iteration"], r[name]) for r in metrics if name in r]
-        loss_axis.plot(*zip(*points), label=name, linewidth=2 if name == "total_loss" else 1)
+    for name in sorted(points):
+        if "loss" in name:
+            width = 2 if name == "total_loss" else 1
+            loss_axis.plot(*zip(*points[name]), label=name, linewidth=width)
+        elif name in ("bbox/AP", "bbox/AP50", "bbox/AP75"):
+            ap_axis.plot(*zip(*points[name]), marker="o", label=name.split("/")[1])
     loss_axis.set(xlabel="iteration", ylabel="loss", ylim=(0, None))
-    loss_axis.legend()
-    for name in ("bbox/AP", "bbox/AP50", "bbox/AP75"):
-        points = [(r["iteration"], r[name]) for r in metrics if name in r]
-        if points:
-            ap_axis.plot(*zip(*points), marker="o", label=name.split("/")[1])
     ap_axis.set(xlabel="iteration", ylabel="AP (%), val split", ylim=(0, 100))
-    if ap_axis.lines:
-        ap_axis.legend()
     for axis in (loss_axis, ap_axis):
         axis.grid(alpha=0.3)
+        if axis.lines:
+            axis.legend()
     figure.suptitle(title)
     figure.tight_layout()
     figure.savefig(path, dpi=110)

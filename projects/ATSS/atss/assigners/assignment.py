@@ -13,7 +13,7 @@ from torch import Tensor
 
 from detectron2.structures import Boxes
 
-from ..anchors import Anchors
+from ..anchor_grid import Anchors
 from ..device import host_constant
 from ..predictions import PredictionsAt
 
@@ -90,7 +90,14 @@ class Assignment:
 class Assigner(Protocol):
     """A rule of axis 1 that sees anchors and ground truth."""
 
-    def __call__(self, anchors: Anchors, gt_boxes: Sequence[Boxes]) -> Assignment: ...
+    def __call__(self, anchors: Anchors, gt_boxes: Sequence[Boxes]) -> Assignment:
+        """Assign the anchors of a batch.
+
+        Args:
+            anchors: anchors of one padded image size, as a grid or as L `Boxes`.
+            gt_boxes: N `Boxes`, one per image, in the same frame.
+        """
+        ...
 
 
 class PredictionAssigner(Protocol):
@@ -114,8 +121,7 @@ class PredictionAssigner(Protocol):
         """Assign the anchors of a batch. Runs without gradient and outside autocast.
 
         Args:
-            anchors: anchors of one padded image size.
-            gt_boxes: N `Boxes`, one per image, in the same frame.
+            anchors, gt_boxes: see `Assigner`.
             gt_classes: N tensors (Mi,) int64 in 0..K-1.
             predictions: what the head says, at samples.
             gt_boxes_on_host: the same boxes on the CPU where somebody has them, for rules that need
@@ -151,11 +157,8 @@ def resolve_claims(
         `Assignment` of S = M * C samples.
     """
     num_images = len(num_objects)
-    assert anchor_idxs.shape == is_claimed.shape == priority.shape, (
-        anchor_idxs.shape,
-        is_claimed.shape,
-        priority.shape,
-    )
+    shapes = [tuple(values.shape) for values in (anchor_idxs, is_claimed, priority)]
+    assert len(set(shapes)) == 1, shapes
     assert sum(num_objects) == len(anchor_idxs), (num_objects, anchor_idxs.shape)
     device = anchor_idxs.device
     if image_idxs is None:

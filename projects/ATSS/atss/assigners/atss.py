@@ -11,12 +11,12 @@ from torch import Tensor
 
 from detectron2.structures import Boxes
 
-from ..anchors import AnchorGrid, Anchors, num_anchors_per_level
+from ..anchor_grid import AnchorGrid, Anchors, num_anchors_per_level
 from ..checks import check_integer
 from ..geometry import box_centers, centers_inside, elementwise_iou
 from .assignment import Assignment, concatenate_boxes, resolve_claims
 from .candidates import nearest_anchors, nearest_on_lattice
-from .pairwise import check_margin
+from .pairwise import check_center_in_gt, check_margin
 
 
 class ATSSAssigner:
@@ -52,28 +52,20 @@ class ATSSAssigner:
         min_positives_per_gt: int = 0,
         anchors_per_location: int = 1,
     ):
-        self.topk = check_integer("ATSSAssigner", "topk", topk, 1, "model.assigner.topk")
-        self.min_positives_per_gt = check_integer(
-            "ATSSAssigner", "min_positives_per_gt", min_positives_per_gt, 0,
-            "model.assigner.min_positives_per_gt",
-        )  # fmt: skip
-        self.anchors_per_location = check_integer(
-            "ATSSAssigner", "anchors_per_location", anchors_per_location, 1,
-            "model.assigner.anchors_per_location",
-        )  # fmt: skip
+        for name, value, least in (
+            ("topk", topk, 1),
+            ("min_positives_per_gt", min_positives_per_gt, 0),
+            ("anchors_per_location", anchors_per_location, 1),
+        ):
+            check_integer("ATSSAssigner", name, value, least, f"model.assigner.{name}")
+        self.topk = topk
+        self.min_positives_per_gt = min_positives_per_gt
+        self.anchors_per_location = anchors_per_location
         self.center_margin = check_margin("ATSSAssigner", center_margin)
-        self.center_in_gt = center_in_gt
+        self.center_in_gt = check_center_in_gt("ATSSAssigner", center_in_gt)
 
     def __call__(self, anchors: Anchors, gt_boxes: Sequence[Boxes]) -> Assignment:
-        """Assign the anchors of a batch in one pass.
-
-        Args:
-            anchors: anchors of one padded image size, as a grid or as L `Boxes`.
-            gt_boxes: N `Boxes`, one per image, in the same frame.
-
-        Returns:
-            `Assignment` of S = M * C samples.
-        """
+        """Assign the anchors of a batch in one pass: S = M * C samples."""
         device = anchors.device if isinstance(anchors, AnchorGrid) else anchors[0].device
         boxes = concatenate_boxes(gt_boxes, device)  # (M, 4)
         if isinstance(anchors, AnchorGrid):

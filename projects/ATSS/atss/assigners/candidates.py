@@ -13,7 +13,7 @@ from torch import Tensor
 
 from detectron2.structures import Boxes
 
-from ..anchors import AnchorGrid
+from ..anchor_grid import AnchorGrid
 from ..geometry import box_centers, center_distances
 
 
@@ -58,7 +58,7 @@ def nearest_on_lattice(anchors: AnchorGrid, centers: Tensor, topk: int) -> Candi
     # Equally near columns: the smaller one, hence ceil(u - 1/2) and not round(u).
     nearest = torch.ceil(points / stride - anchors.offset - 0.5).to(torch.int64)
     first = torch.minimum(nearest.unsqueeze(-1) - reach, size - len(span)).clamp(min=0)
-    indices = first + span  # (M, 2, L, W) columns, rows
+    indices = first + span  # (M, 2, L, w): the w columns, and rows, of the window
     steps = (indices.float() + anchors.offset) * stride.unsqueeze(-1) - points.unsqueeze(-1)
     steps = steps.masked_fill(indices >= size, float("inf"))
     order = steps.abs().sort(dim=-1, stable=True).indices
@@ -67,11 +67,11 @@ def nearest_on_lattice(anchors: AnchorGrid, centers: Tensor, topk: int) -> Candi
     # Of the two axes, the parts that a location adds up: squared distances, and flat indices
     # (row-major within the level; int32, which halves the memory). Ranks come first, so that
     # selecting them copies whole blocks.
-    squares = (steps * steps).permute(1, 3, 0, 2).contiguous()  # (2, W, M, L)
+    squares = (steps * steps).permute(1, 3, 0, 2).contiguous()  # (2, w, M, L)
     terms = (indices * pitch).int().permute(1, 3, 0, 2).contiguous()
     ranks = anchors.constant(("window ranks", topk), _window_ranks(topk))
-    column_ranks, row_ranks = ranks.unbind()  # (T,) each
-    distances = squares[0].index_select(0, column_ranks)  # (T, M, L), in place: these are large
+    column_ranks, row_ranks = ranks.unbind()  # (P,) each
+    distances = squares[0].index_select(0, column_ranks)  # (P, M, L), in place: these are large
     distances += squares[1].index_select(0, row_ranks)
     # Bits of non-negative floats sort as the floats do; the location behind them breaks ties.
     # Locations that do not exist are infinitely far, so they come last.
@@ -80,7 +80,7 @@ def nearest_on_lattice(anchors: AnchorGrid, centers: Tensor, topk: int) -> Candi
     keys <<= 32
     keys += terms[0].index_select(0, column_ranks)
     keys += terms[1].index_select(0, row_ranks)
-    keys = keys.permute(1, 2, 0)  # (M, L, T)
+    keys = keys.permute(1, 2, 0)  # (M, L, P)
     keys = keys.topk(min(topk, keys.shape[2]), dim=2, largest=False).values  # (M, L, k)
 
     locations = keys & 0xFFFFFFFF
@@ -128,15 +128,15 @@ def within_radius_on_lattice(
     points = centers.view(-1, 2, 1, 1)  # (M, 2, 1, 1)
     span = torch.arange(math.ceil(2 * radius) + 1, device=anchors.device)
     first = torch.floor(points / stride - anchors.offset - radius).to(torch.int64)
-    steps = first + span  # (M, 2, L, T) columns, rows
+    steps = first + span  # (M, 2, L, w): the w columns, and rows, of the window
     distances = ((steps.float() + anchors.offset) * stride - points).abs()
     is_near = (distances < radius * stride) & (steps >= 0) & (steps < size)
-    columns, rows = torch.minimum(steps.clamp(min=0), size - 1).unbind(dim=1)  # (M, L, T) each
-    positions = rows.unsqueeze(3) * anchors.widths.view(-1, 1, 1) + columns.unsqueeze(2)
-    is_near = is_near[:, 1].unsqueeze(3) & is_near[:, 0].unsqueeze(2)  # (M, L, T, T)
+    columns, rows = torch.minimum(steps.clamp(min=0), size - 1).unbind(dim=1)  # (M, L, w) each
+    locations = rows.unsqueeze(3) * anchors.widths.view(-1, 1, 1) + columns.unsqueeze(2)
+    is_near = is_near[:, 1].unsqueeze(3) & is_near[:, 0].unsqueeze(2)  # (M, L, w, w)
     cells = torch.arange(anchors.num_cell_anchors, device=anchors.device)
     starts = anchors.level_starts.view(-1, 1, 1, 1)
-    anchor_idxs = starts + positions.unsqueeze(4) * len(cells) + cells  # (M, L, T, T, A)
+    anchor_idxs = starts + locations.unsqueeze(4) * len(cells) + cells  # (M, L, w, w, A)
     is_near = is_near.unsqueeze(4).expand(anchor_idxs.shape).flatten(1)
     anchor_idxs = anchor_idxs.flatten(1)
     return Candidates(anchor_idxs, anchors.boxes_at(anchor_idxs)), is_near

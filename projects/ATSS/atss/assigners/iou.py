@@ -1,5 +1,6 @@
 """RetinaNet's rule: fixed thresholds on IoU, with a band that nobody learns from between them."""
 
+import functools
 from typing import Sequence, Tuple
 
 import torch
@@ -7,10 +8,18 @@ from torch import Tensor
 
 from detectron2.structures import Boxes
 
-from ..anchors import Anchors, concatenate_anchors
+from ..anchor_grid import Anchors, concatenate_anchors
 from ..geometry import box_centers, centers_inside
-from .assignment import Assignment, assign_all_anchors, concatenate_boxes
-from .pairwise import DEFAULT_BUDGET, check_budget, check_margin, chunks, pairwise_ious
+from .assignment import Assignment
+from .pairwise import (
+    DEFAULT_BUDGET,
+    assign_image_by_image,
+    check_budget,
+    check_center_in_gt,
+    check_margin,
+    chunk_size,
+    pairwise_ious,
+)
 
 
 class IoUAssigner:
@@ -43,61 +52,42 @@ class IoUAssigner:
         center_margin: float = 0.01,
         budget: int = DEFAULT_BUDGET,
     ):
-        thresholds = [float(threshold) for threshold in thresholds]
-        if len(thresholds) != 2 or not 0 < thresholds[0] <= thresholds[1] <= 1:
+        try:
+            low, high = (float(threshold) for threshold in thresholds)
+            is_band = 0 < low <= high <= 1
+        except (TypeError, ValueError):
+            is_band = False
+        if not is_band:
             raise ValueError(
                 "IoUAssigner needs two thresholds (low, high) with 0 < low <= high <= 1, got "
                 f"{thresholds}. Change model.assigner.thresholds."
             )
-        self.thresholds = tuple(thresholds)
+        self.thresholds = (low, high)
         self.allow_low_quality_matches = allow_low_quality_matches
-        self.center_in_gt = center_in_gt
+        self.center_in_gt = check_center_in_gt("IoUAssigner", center_in_gt)
         self.center_margin = check_margin("IoUAssigner", center_margin)
         self.budget = check_budget("IoUAssigner", budget)
 
     def __call__(self, anchors: Anchors, gt_boxes: Sequence[Boxes]) -> Assignment:
-        """Assign the anchors of a batch, image by image.
-
-        Args:
-            anchors: anchors of one padded image size, as a grid or as L `Boxes`.
-            gt_boxes: N `Boxes`, one per image, in the same frame.
-
-        Returns:
-            `Assignment` of S = N * R samples, with ignored anchors.
-        """
-        anchor_boxes = concatenate_anchors(anchors)  # (R, 4)
-        num_objects = [len(b) for b in gt_boxes]
-        size = (len(gt_boxes), len(anchor_boxes))
-        object_idxs = torch.zeros(size, dtype=torch.int64, device=anchor_boxes.device)
-        is_positive = torch.zeros(size, dtype=torch.bool, device=anchor_boxes.device)
-        is_ignored = torch.zeros_like(is_positive)
-        boxes = concatenate_boxes(gt_boxes, anchor_boxes.device)
-        first = 0
-        for i, image_boxes in enumerate(boxes.split(num_objects)):
-            if len(image_boxes) > 0:
-                matches, is_positive[i], is_ignored[i] = self._match(image_boxes, anchor_boxes)
-                object_idxs[i] = matches + first
-            first += len(image_boxes)
+        """Assign the anchors of a batch, image by image: S = N * R samples."""
+        boxes = concatenate_anchors(anchors)  # (R, 4)
         can_ignore = self.center_in_gt or self.thresholds[0] < self.thresholds[1]
-        is_ignored = is_ignored if can_ignore else None
-        return assign_all_anchors(object_idxs, is_positive, num_objects, is_ignored)
+        match = functools.partial(self._match, anchors=boxes)
+        return assign_image_by_image(gt_boxes, len(boxes), boxes.device, match, can_ignore)
 
     def _match(self, boxes: Tensor, anchors: Tensor) -> Tuple[Tensor, Tensor, Tensor]:
         """Object (R,) int64, and whether positive and ignored, of every anchor of an image."""
         # Three matrices in pairwise_ious; what follows needs fewer.
-        ranges = list(chunks(len(anchors), 3 * len(boxes), self.budget))
+        parts = anchors.split(chunk_size(3 * len(boxes), self.budget))
         best = torch.zeros(len(boxes), 1, device=boxes.device)  # highest IoU of each object
-        for first, last in ranges if self.allow_low_quality_matches else ():
-            ious = boxes.new_empty(len(boxes), last - first)
-            pairwise_ious(boxes, anchors[first:last], ious)
-            best = torch.maximum(best, ious.amax(dim=1, keepdim=True))
+        for part in parts if self.allow_low_quality_matches else ():
+            best = torch.maximum(best, pairwise_ious(boxes, part).amax(dim=1, keepdim=True))
         # No IoU equals this: an object that overlaps nothing has no best anchor.
         best = best.masked_fill_(best == 0, -1)
 
         matches, highest, is_best = [], [], []
-        for first, last in ranges:
-            ious = boxes.new_empty(len(boxes), last - first)
-            pairwise_ious(boxes, anchors[first:last], ious)
+        for part in parts:
+            ious = pairwise_ious(boxes, part)  # (m, r)
             is_best.append((ious == best).any(dim=0))
             values, idxs = ious.max(dim=0)
             highest.append(values)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from detectron2.structures import Boxes
 
-from ..anchors import AnchorGrid
+from ..anchor_grid import AnchorGrid
 from ..checks import check_integer, check_range
 from ..geometry import box_centers, elementwise_iou
 from ..predictions import PredictionsAt
@@ -43,14 +43,14 @@ class SimOTAAssigner:
     def __init__(
         self, center_radius: float = 1.5, candidate_topk: int = 10, iou_weight: float = 3.0
     ):
-        owner, key = "SimOTAAssigner", "model.assigner"
-        self.center_radius = check_range(
-            owner, "center_radius", center_radius, 0, 16, f"{key}.center_radius", ends="(]"
-        )
-        self.candidate_topk = check_integer(
-            owner, "candidate_topk", candidate_topk, 1, f"{key}.candidate_topk"
-        )
-        self.iou_weight = check_range(owner, "iou_weight", iou_weight, 0, key=f"{key}.iou_weight")
+        owner, node = "SimOTAAssigner", "model.assigner"
+        key = f"{node}.center_radius"
+        check_range(owner, "center_radius", center_radius, 0, 16, key, ends="(]")
+        check_integer(owner, "candidate_topk", candidate_topk, 1, f"{node}.candidate_topk")
+        check_range(owner, "iou_weight", iou_weight, 0, key=f"{node}.iou_weight")
+        self.center_radius = center_radius
+        self.candidate_topk = candidate_topk
+        self.iou_weight = iou_weight
 
     def __call__(
         self,

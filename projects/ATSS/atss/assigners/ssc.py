@@ -4,6 +4,7 @@ The paper calls it the spatial and scale constraint: a point inside a box is a c
 pyramid level is given a range of object sizes beforehand.
 """
 
+import functools
 from typing import Optional, Sequence, Tuple
 
 import torch
@@ -11,11 +12,11 @@ from torch import Tensor
 
 from detectron2.structures import Boxes
 
-from ..anchors import AnchorGrid, Anchors, concatenate_anchors, num_anchors_per_level
+from ..anchor_grid import AnchorGrid, Anchors, concatenate_anchors, num_anchors_per_level
 from ..checks import check_range
 from ..geometry import box_areas, box_centers
-from .assignment import Assignment, assign_all_anchors, concatenate_boxes
-from .pairwise import DEFAULT_BUDGET, check_budget, check_margin, chunks
+from .assignment import Assignment
+from .pairwise import DEFAULT_BUDGET, assign_image_by_image, check_budget, check_margin, chunk_size
 
 FCOS_SIZE_RANGES = ((-1, 64), (64, 128), (128, 256), (256, 512), (512, float("inf")))
 
@@ -63,14 +64,7 @@ class SSCAssigner:
         self.budget = check_budget("SSCAssigner", budget)
 
     def __call__(self, anchors: Anchors, gt_boxes: Sequence[Boxes]) -> Assignment:
-        """Assign the anchors of a batch, image by image.
-
-        Args:
-            anchors: anchors of one padded image size, as a grid or as L `Boxes`.
-            gt_boxes: N `Boxes`, one per image, in the same frame.
-
-        Returns:
-            `Assignment` of S = N * R samples.
+        """Assign the anchors of a batch, image by image: S = N * R samples.
 
         Raises:
             ValueError: if there are not as many size ranges (or strides) as levels.
@@ -82,11 +76,7 @@ class SSCAssigner:
                 f"but there are {len(counts)} levels of anchors. Give "
                 "model.assigner.size_ranges one range per level."
             )
-        centers = box_centers(concatenate_anchors(anchors))  # (R, 2)
-        least, largest = (
-            _spread(bound, counts, centers.device) for bound in zip(*self.size_ranges)
-        )
-        radius = None
+        bounds = list(zip(*self.size_ranges))
         if self.center_sampling_radius is not None:
             strides = anchors.strides if isinstance(anchors, AnchorGrid) else self.strides
             if len(strides) != len(counts):
@@ -94,34 +84,28 @@ class SSCAssigner:
                     f"SSCAssigner has {len(strides)} strides {list(strides)}, but there are "
                     f"{len(counts)} levels of anchors. Give model.assigner.strides one per level."
                 )
-            reach = [stride * self.center_sampling_radius for stride in strides]
-            radius = _spread(reach, counts, centers.device)  # (R,) pixels
+            bounds.append([stride * self.center_sampling_radius for stride in strides])
+        centers = box_centers(concatenate_anchors(anchors))  # (R, 2)
+        # Of every anchor: its centre, and the least, the largest and the radius of its level.
+        per_anchor = [centers, *(_spread(values, counts, centers.device) for values in bounds)]
+        match = functools.partial(self._match, per_anchor)
+        return assign_image_by_image(gt_boxes, len(centers), centers.device, match)
 
-        num_objects = [len(b) for b in gt_boxes]
-        size = (len(gt_boxes), len(centers))
-        object_idxs = torch.zeros(size, dtype=torch.int64, device=centers.device)
-        is_positive = torch.zeros(size, dtype=torch.bool, device=centers.device)
-        boxes = concatenate_boxes(gt_boxes, centers.device)
-        first_object = 0
-        for i, image_boxes in enumerate(boxes.split(num_objects)):
-            # Smallest first: then the first object that wants an anchor wins it.
-            order = box_areas(image_boxes).sort(stable=True).indices  # (M,)
-            image_boxes = image_boxes[order]
-            # One float matrix, one of int32, and a few of bool.
-            ranges = chunks(len(centers), 3 * len(image_boxes), self.budget)
-            for first, last in ranges if len(image_boxes) else ():
-                part = slice(first, last)
-                wants = self._wants(
-                    image_boxes,
-                    centers[part],
-                    least[part],
-                    largest[part],
-                    None if radius is None else radius[part],
-                )
-                winner, is_positive[i, part] = _first_true(wants)
-                object_idxs[i, part] = order[winner] + first_object
-            first_object += len(image_boxes)
-        return assign_all_anchors(object_idxs, is_positive, num_objects)
+    def _match(
+        self, per_anchor: Sequence[Tensor], boxes: Tensor
+    ) -> Tuple[Tensor, Tensor, Optional[Tensor]]:
+        """Object (R,) int64, and whether positive, of every anchor of an image; none is ignored."""
+        # Smallest first: then the first object that wants an anchor wins it.
+        order = box_areas(boxes).sort(stable=True).indices  # (m,)
+        # One float matrix, one of int32, and a few of bool.
+        size = chunk_size(3 * len(boxes), self.budget)
+        winners, is_positive = zip(
+            *(
+                _first_true(self._wants(boxes[order], *part))
+                for part in zip(*(values.split(size) for values in per_anchor))
+            )
+        )
+        return order[torch.cat(winners)], torch.cat(is_positive), None
 
     def _wants(
         self,
@@ -129,16 +113,16 @@ class SSCAssigner:
         centers: Tensor,
         least: Tensor,
         largest: Tensor,
-        radius: Optional[Tensor],
+        radius: Optional[Tensor] = None,
     ) -> Tensor:
-        """Which of the (r,) anchors each of (M, 4) objects wants, (M, r) bool."""
+        """Which of the (r,) anchors each of (m, 4) objects wants, (m, r) bool."""
         x, y = centers.unbind(dim=1)  # (r,) each
-        x1, y1, x2, y2 = boxes.unsqueeze(-1).unbind(dim=1)  # (M, 1) each
+        x1, y1, x2, y2 = boxes.unsqueeze(-1).unbind(dim=1)  # (m, 1) each
         is_inside, fits, reaches = None, None, None
         # max(l, t, r, b) lies in the range if no side is too far, and one far enough: so one matrix
         # of floats is enough, one side after the other.
         for high, low in ((x, x1), (y, y1), (x2, x), (y2, y)):
-            distances = high - low  # (M, r)
+            distances = high - low  # (m, r)
             if is_inside is None:
                 is_inside = distances > self.center_margin
                 fits, reaches = distances <= largest, distances >= least
@@ -154,7 +138,7 @@ class SSCAssigner:
 
 
 def _first_true(wants: Tensor) -> Tuple[Tensor, Tensor]:
-    """First true row in each column of (M, r): its index (r,), 0 if none, and whether any."""
+    """First true row in each column of (m, r): its index (r,), 0 if none, and whether any."""
     num_rows = len(wants)
     rows = torch.arange(num_rows, device=wants.device, dtype=torch.int32).unsqueeze(1)
     # Not argmax: on a GPU it may return any of several equal values.

@@ -3,18 +3,18 @@
 The plain alternative to letting the object's statistics decide.
 """
 
-from typing import List, Sequence
+from typing import Sequence
 
 import torch
 from torch import Tensor
 
 from detectron2.structures import Boxes
 
-from ..anchors import Anchors, concatenate_anchors
+from ..anchor_grid import Anchors, concatenate_anchors
 from ..checks import check_integer
 from ..geometry import box_centers, center_distances, centers_inside, elementwise_iou
 from .assignment import Assignment, concatenate_boxes, resolve_claims, sortable
-from .pairwise import DEFAULT_BUDGET, check_budget, check_margin, chunks, pairwise_ious
+from .pairwise import DEFAULT_BUDGET, check_budget, check_margin, chunk_size, pairwise_ious
 
 # Weight of the distance against IoU: only to order anchors of the same IoU, in particular those of
 # small objects that overlap none.
@@ -44,24 +44,13 @@ class TopKAssigner:
         self.budget = check_budget("TopKAssigner", budget)
 
     def __call__(self, anchors: Anchors, gt_boxes: Sequence[Boxes]) -> Assignment:
-        """Assign the anchors of a batch: candidates image by image, claims in one pass.
-
-        Args:
-            anchors: anchors of one padded image size, as a grid or as L `Boxes`.
-            gt_boxes: N `Boxes`, one per image, in the same frame.
-
-        Returns:
-            `Assignment` of S = M * k samples.
-        """
+        """Assign the anchors of a batch in one pass: S = M * k samples."""
         anchor_boxes = concatenate_anchors(anchors)  # (R, 4)
         boxes = concatenate_boxes(gt_boxes, anchor_boxes.device)  # (M, 4)
         num_objects = [len(b) for b in gt_boxes]
-        device = anchor_boxes.device
-        shape = (0, self._num_candidates(anchor_boxes))
-        anchor_idxs = [torch.zeros(shape, dtype=torch.int64, device=device)]
-        for image_boxes in boxes.split(num_objects):
-            anchor_idxs += self._best_anchors(image_boxes, anchor_boxes)
-        anchor_idxs = torch.cat(anchor_idxs)  # (M, k)
+        anchor_idxs = torch.cat(
+            [self._best_anchors(part, anchor_boxes) for part in boxes.split(num_objects)]
+        )  # (M, k)
 
         candidates = anchor_boxes[anchor_idxs]  # (M, k, 4)
         boxes = boxes.unsqueeze(1)
@@ -69,34 +58,32 @@ class TopKAssigner:
         ious = elementwise_iou(boxes, candidates)
         return resolve_claims(anchor_idxs, is_claimed, ious, num_objects, len(anchor_boxes))
 
-    def _num_candidates(self, anchors: Tensor) -> int:
-        return min(self.topk, len(anchors))
-
-    def _best_anchors(self, boxes: Tensor, anchors: Tensor) -> List[Tensor]:
-        """The k best anchors of each object of an image, best first, in chunks of objects."""
-        num_anchors = len(anchors)
-        gt_centers, centers = box_centers(boxes).unsqueeze(1), box_centers(anchors)
-        idxs = torch.arange(num_anchors, device=anchors.device)
+    def _best_anchors(self, boxes: Tensor, anchors: Tensor) -> Tensor:
+        """The k best anchors of each of the m objects of an image, best first: (m, k) int64."""
+        topk = min(self.topk, len(anchors))
+        idxs = torch.arange(len(anchors), device=anchors.device)
+        if len(boxes) == 0:
+            return idxs.new_zeros(0, topk)
+        centers = box_centers(anchors)
         # At the peak: scores, and two matrices of int64.
-        ranges = list(chunks(len(boxes), 5 * num_anchors, self.budget))
+        parts = boxes.split(chunk_size(5 * len(anchors), self.budget))
 
         furthest = torch.zeros((), device=anchors.device)
-        for first, last in ranges:
-            distances = center_distances(gt_centers[first:last], centers)  # (m, R)
+        for part in parts:
+            distances = center_distances(box_centers(part).unsqueeze(1), centers)
             furthest = torch.maximum(furthest, distances.amax())
             del distances
         furthest = furthest.sqrt().clamp(min=torch.finfo(torch.float32).tiny)
 
         best = []
-        for first, last in ranges:
-            penalties = center_distances(gt_centers[first:last], centers)  # (m, R)
+        for part in parts:
+            penalties = center_distances(box_centers(part).unsqueeze(1), centers)
             penalties.sqrt_().div_(furthest).mul_(_DISTANCE_WEIGHT)
-            scores = torch.empty_like(penalties)
-            pairwise_ious(boxes[first:last], anchors, scores).sub_(penalties)
+            scores = pairwise_ious(part, anchors).sub_(penalties)
             del penalties
             # The index in the low half orders equal scores alike on every device.
             keys = (sortable(scores) << 32).sub_(idxs)
             del scores
-            keys = keys.topk(self._num_candidates(anchors), dim=1).values  # (m, k)
+            keys = keys.topk(topk, dim=1).values  # (m, k)
             best.append(-keys & 0xFFFFFFFF)
-        return best
+        return torch.cat(best)

@@ -5,7 +5,13 @@ Names are translated by declared maps (`sources`), both ways. Geometry is part o
 docs/weights.md says who checks what.
 """
 
-from .checkpointer import ATSSCheckpointer, Loaded, load_or_resume, require_weights
+from .checkpointer import (
+    IS_OPTIONAL,
+    ATSSCheckpointer,
+    Loaded,
+    load_or_resume,
+    require_weights,
+)
 from .convert import Converted, convert_checkpoint, detect_source, num_classes_of, rehead
 from .files import (
     CheckpointError,
@@ -28,8 +34,9 @@ __all__ = [
     "ATSSCheckpointer",
     "CheckpointError",
     "Converted",
-    "Loaded",
     "GEOMETRY_KEYS",
+    "IS_OPTIONAL",
+    "Loaded",
     "OVERRIDES_KEY",
     "check_pickle",
     "convert_checkpoint",

@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 _CLASS_NAMES_KEY = "class_names"  # of a checkpoint that names its classes
 # Names that weights may lack or have in excess: settings, counters, what Detectron2 once stored.
-_IS_OPTIONAL = re.compile(
+IS_OPTIONAL = re.compile(
     rf"(.*\.)?({STATE_KEY}|num_batches_tracked)|pixel_(mean|std)|.*anchor_generator\.cell_anchors.*"
 )
 
@@ -40,15 +40,11 @@ class ATSSCheckpointer(DetectionCheckpointer):
     Args:
         model, save_dir, save_to_disk, **checkpointables: see `DetectionCheckpointer`.
         class_names: names of the classes in their order, saved with the weights.
-
-    Attributes:
-        loaded_class_names: those of the weights that were loaded last; None if they have none.
     """
 
     def __init__(self, model, save_dir="", *, class_names=None, **options):
         super().__init__(model, save_dir, **options)
         self.class_names = class_names
-        self.loaded_class_names: Optional[List[str]] = None
         self._is_zoo = False
         self._allow_partial = False
 
@@ -57,7 +53,6 @@ class ATSSCheckpointer(DetectionCheckpointer):
 
         Args:
             path: file, URL, or folder of a run, whose last checkpoint is meant.
-            *args, **kwargs: of `DetectionCheckpointer.load`.
             allow_partial: load what fits, to train the rest; else all parameters must be there.
 
         Raises:
@@ -69,11 +64,9 @@ class ATSSCheckpointer(DetectionCheckpointer):
         self._allow_partial = allow_partial
         path = find_weights(path)
         try:
-            rest = super().load(path, *args, **kwargs)
+            return super().load(path, *args, **kwargs)
         finally:
             self._parsed_url_during_load = None  # Detectron2 leaves it set after an error
-        self.loaded_class_names = rest.get(_CLASS_NAMES_KEY)
-        return rest
 
     def save(self, name: str, **kwargs: Any) -> None:
         """See `DetectionCheckpointer.save`; adds class names, and the geometry of a two-stage model
@@ -120,11 +113,9 @@ class ATSSCheckpointer(DetectionCheckpointer):
         if overrides:
             weights = unwrap({"model": checkpoint["model"]})
             checkpoint["model"] = override_model(self.model, overrides, weights)
-        found = [
-            name[len("module.") * name.startswith("module.") :] for name in checkpoint["model"]
-        ]
+        found = [re.sub(r"^module\.", "", name) for name in checkpoint["model"]]
         is_translated = checkpoint.get("matching_heuristics", False)
-        needed = [name for name in self.model.state_dict() if not _IS_OPTIONAL.fullmatch(name)]
+        needed = [name for name in self.model.state_dict() if not IS_OPTIONAL.fullmatch(name)]
         incompatible = super()._load_model(checkpoint)
         wrong_shape = [name for name, *_ in incompatible.incorrect_shapes]
         # Batch norms put what they miss into the dict while loading, so look at the file as well.
@@ -142,7 +133,7 @@ class ATSSCheckpointer(DetectionCheckpointer):
                 "missing": [n for n in needed if n in missing],
                 "of another shape": wrong_shape,
                 "unknown to the model": [
-                    n for n in incompatible.unexpected_keys if not _IS_OPTIONAL.fullmatch(n)
+                    n for n in incompatible.unexpected_keys if not IS_OPTIONAL.fullmatch(n)
                 ],
             },
             self._allow_partial,
@@ -155,19 +146,24 @@ class ATSSCheckpointer(DetectionCheckpointer):
 
 def _report(unfit: Dict[str, List[str]], allow_partial: bool) -> None:
     """Say which weights do not fit; raise `CheckpointError` where all must."""
-    texts = [
+    text = _listed(unfit)
+    if text and not allow_partial:
+        raise CheckpointError(
+            f"The weights are not those of this model: {text}. Use the config that they were "
+            "trained with, config.yaml in the folder of their run, with its number of classes "
+            "(model.num_classes, MODEL.ATSS.NUM_CLASSES)."
+        )
+    if text:
+        logger.warning("Parameters that are not loaded start anew: %s.", text)
+
+
+def _listed(unfit: Dict[str, List[str]]) -> str:
+    """The first names of each kind that has some, and how many they are."""
+    return "; ".join(
         f"{len(names)} {what} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
         for what, names in unfit.items()
         if names
-    ]
-    if texts and not allow_partial:
-        raise CheckpointError(
-            f"The weights are not those of this model: {'; '.join(texts)}. Use the config that "
-            "they were trained with, config.yaml in the folder of their run, with its number of "
-            "classes (model.num_classes, MODEL.ATSS.NUM_CLASSES)."
-        )
-    if texts:
-        logger.warning("Parameters that are not loaded start anew: %s.", "; ".join(texts))
+    )
 
 
 def _check_fit(model: Dict[str, Tensor], weights: Dict[str, Tensor], filename: str) -> None:
@@ -186,21 +182,18 @@ def _check_fit(model: Dict[str, Tensor], weights: Dict[str, Tensor], filename: s
         )
     # Weights without a head are those of a bottom-up part alone.
     needed_names = [n for n in model if found is not None or "bottom_up" in n]
-    missing = [n for n in needed_names if n not in weights and not _IS_OPTIONAL.fullmatch(n)]
-    for names, what in (
-        ([n for n in weights if n not in model], "which the model lacks"),
-        (
-            [n for n in weights if n in model and weights[n].shape != model[n].shape],
-            "of another shape than the model's",
-        ),
-        (missing, "missing, which the model needs"),
-    ):
-        if names:
-            raise CheckpointError(
-                f"{filename!r} holds weights of another architecture: {len(names)} parameters "
-                f"such as {names[0]!r} {what}. Choose the config of these weights (depth, groups, "
-                "deformable stages)."
-            )
+    unfit = {
+        "unknown to the model": [n for n in weights if n not in model],
+        "of another shape": [
+            n for n in weights if n in model and weights[n].shape != model[n].shape
+        ],
+        "missing": [n for n in needed_names if n not in weights and not IS_OPTIONAL.fullmatch(n)],
+    }
+    if any(unfit.values()):
+        raise CheckpointError(
+            f"{filename!r} holds weights of another architecture: {_listed(unfit)}. Choose the "
+            "config of these weights (depth, groups, deformable stages)."
+        )
 
 
 class Loaded(NamedTuple):
@@ -209,10 +202,12 @@ class Loaded(NamedTuple):
     Attributes:
         class_names: in the order of the classes; None if the weights do not name them.
         changes: settings of the model that the weights changed, by LazyConfig keys.
+        num_iters: how many iterations the run had done that saved them, 0 if they do not say.
     """
 
     class_names: Optional[List[str]]
     changes: Dict[str, Any]
+    num_iters: int
 
 
 def require_weights(folder: str, weights: str, resume: bool) -> str:
@@ -251,28 +246,22 @@ def load_or_resume(
 
     Args:
         checkpointer: of the model and, to resume, the trainer.
-        weights: path or URL of the initial weights, or folder of a run; "" for none.
-        resume: whether to continue from the last checkpoint of the checkpointer's folder.
+        weights, resume: see `require_weights`, with the checkpointer's folder.
         allow_partial: load what fits of initial weights, to train the rest.
 
-    Returns:
-        `Loaded`.
-
     Raises:
-        FileNotFoundError: nothing to resume, or no such weights.
-        ValueError: weights that cannot be used, or do not fit the model.
+        FileNotFoundError, CheckpointError: see `require_weights` and `ATSSCheckpointer.load`.
     """
     path = require_weights(checkpointer.save_dir, weights, resume)
     before = settings_of(checkpointer.model)
+    rest: Dict[str, Any] = {}
     if path:
         only_model = {} if resume else {"checkpointables": [], "allow_partial": allow_partial}
         with _on_all_workers(path) as local_path:
-            checkpointer.load(local_path, **only_model)
+            rest = checkpointer.load(local_path, **only_model)
     after = settings_of(checkpointer.model)
-    return Loaded(
-        checkpointer.loaded_class_names if path else None,
-        {key: value for key, value in after.items() if value != before[key]},
-    )
+    changes = {key: value for key, value in after.items() if value != before[key]}
+    return Loaded(rest.get(_CLASS_NAMES_KEY), changes, rest.get("iteration", -1) + 1)
 
 
 @contextmanager

@@ -7,6 +7,7 @@ from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tup
 import torch
 from torch import Tensor
 
+from ..checks import check_choice, check_integer
 from ..stored_settings import STATE_KEY
 from .files import CheckpointError
 from .key_maps import Source, translate
@@ -72,29 +73,24 @@ def convert_checkpoint(
         ValueError: for an unknown source or target.
     """
     weights = unwrap(state_dict)
-    found = detect_source(weights)
-    known = [_OURS, *SOURCES]
-    if source not in ("auto", *known):
-        raise ValueError(f"Unknown source {source!r} of weights; known are {['auto', *known]}.")
-    if target not in (_OURS, "author", "mmdet"):
-        raise ValueError(f"Unknown target {target!r}; known are 'atss', 'author' and 'mmdet'.")
-    if source == "auto":
-        if found is None:
-            titles = ", ".join(known_source.title for known_source in SOURCES.values())
-            raise CheckpointError(
-                f"These are not weights of an ATSS detector or a ResNet: names are such as "
-                f"{sorted(weights)[:3]}; known are those of {titles}."
-            )
-        source = found
-    if source == _OURS:
-        if target == _OURS:
-            return Converted(dict(weights), {}, {})
+    check_choice("convert_checkpoint", "source", source, ["auto", _OURS, *SOURCES])
+    check_choice("convert_checkpoint", "target", target, [_OURS, "author", "mmdet"])
+    found = detect_source(weights) if source == "auto" else source
+    if found is None:
+        titles = ", ".join(known.title for known in SOURCES.values())
+        raise CheckpointError(
+            f"These are not weights of an ATSS detector or a ResNet: names are such as "
+            f"{sorted(weights)[:3]}; known are those of {titles}."
+        )
+    if found == target == _OURS:
+        return Converted(weights, {}, {})
+    if found == _OURS:
         return _from_ours(weights, target)
     if target != _OURS:
         raise ValueError(
-            f"Weights of {source!r} become 'atss', not {target!r}; convert them in two steps."
+            f"Weights of {found!r} become 'atss', not {target!r}; convert them in two steps."
         )
-    return _to_ours(weights, source)
+    return _to_ours(weights, found)
 
 
 def num_classes_of(state_dict: Mapping[str, Tensor]) -> Optional[int]:
@@ -124,8 +120,7 @@ def rehead(
     present = num_classes_of(state_dict)
     if present is None:
         raise ValueError("These weights have no ATSS head, so no classes to change.")
-    if num_classes < 1:
-        raise ValueError(f"A detector needs at least one class, got {num_classes}.")
+    check_integer("A detector", "number of classes", num_classes, 1)
     weights = dict(state_dict)
     if present == num_classes:
         return weights, []
@@ -182,10 +177,7 @@ def _to_ours(weights: Dict[str, Tensor], name: str) -> Converted:
 
 def _from_ours(weights: Dict[str, Tensor], name: str) -> Converted:
     source = SOURCES[name]
-    to_drop = [
-        *source.dropped,
-        (rf"pixel_(mean|std)|(.*\.)?{STATE_KEY}", "is in the config"),
-    ]
+    to_drop = [*source.dropped, (rf"pixel_(mean|std)|(.*\.)?{STATE_KEY}", "is in the config")]
     if name == "mmdet":
         for tower_bias in _tower_biases(weights):
             if tower_bias in weights and weights[tower_bias].any():

@@ -29,14 +29,12 @@ _HARMLESS = {
     ("numpy", "ndarray"),
     ("numpy", "dtype"),
 }  # fmt: skip
-# What PyTorch needs to rebuild tensors.
+# What PyTorch needs besides to rebuild tensors.
 _TENSORS = {
-    ("collections", "OrderedDict"),
     ("torch", "Size"),
     ("torch", "device"),
-    *(("torch._utils", f"_rebuild_{kind}")
-      for kind in ("tensor", "tensor_v2", "parameter")),
-}  # fmt: skip
+    *(("torch._utils", f"_rebuild_{kind}") for kind in ("tensor", "tensor_v2", "parameter")),
+}
 
 
 class CheckpointError(ValueError):
@@ -44,10 +42,7 @@ class CheckpointError(ValueError):
 
 
 def read_checkpoint(path: str) -> Dict[str, Any]:
-    """Content of a `.pth` file: tensors and plain values, nothing that runs.
-
-    Args:
-        path: local file.
+    """Content of a local `.pth` file: tensors and plain values, nothing that runs.
 
     Raises:
         FileNotFoundError: if there is none.
@@ -86,14 +81,10 @@ def _read_without_logs(path: str) -> Any:
 
 
 def write_checkpoint(content: Dict[str, Any], path: str) -> None:
-    """Write a checkpoint completely or not at all: an existing file stays until then.
-
-    Args:
-        content: tensors and plain values.
-        path: local file; its folder must exist.
+    """Write tensors and plain values completely or not at all: an existing file stays until then.
 
     Raises:
-        OSError: if it cannot be written.
+        OSError: if it cannot be written, as where its folder does not exist.
     """
     temporary = f"{path}.{os.getpid()}.part"
     try:
@@ -108,10 +99,7 @@ def write_checkpoint(content: Dict[str, Any], path: str) -> None:
 
 
 def check_pickle(path: str) -> None:
-    """Refuse a `.pkl` file that holds anything but numpy arrays and plain values.
-
-    Args:
-        path: local file.
+    """Refuse a local `.pkl` file that holds anything but numpy arrays and plain values.
 
     Raises:
         CheckpointError: naming what it would import, or saying that it is corrupt.
@@ -129,10 +117,7 @@ def fetch(url: str) -> str:
     """Local copy of a checkpoint, downloaded once; checked where its name ends in its hash.
 
     Args:
-        url: address or path, by any of iopath's handlers.
-
-    Returns:
-        Path of the local file.
+        url: address or path, for any of iopath's handlers.
 
     Raises:
         CheckpointError: if it cannot be had, or is not the file that its name promises.
@@ -230,17 +215,10 @@ class _LeftOut:
     def __init__(self, *args: Any, **kwargs: Any):
         pass
 
-    def __setstate__(self, state: Any) -> None:
+    def append(self, *args: Any) -> None:
         pass
 
-    def __setitem__(self, key: Any, value: Any) -> None:
-        pass
-
-    def append(self, value: Any) -> None:
-        pass
-
-    def extend(self, values: Any) -> None:
-        pass
+    extend = __setitem__ = __setstate__ = append
 
 
 class _TensorsAndLogs(_ArraysOnly):

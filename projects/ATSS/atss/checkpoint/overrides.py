@@ -6,6 +6,8 @@ import torch
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 
+from detectron2.config import CfgNode
+
 from ..stored_settings import (
     SETTINGS,
     STATE_KEY,
@@ -47,8 +49,12 @@ def override_config(cfg, overrides: Mapping[str, Any]):
     Returns:
         `cfg`.
     """
-    if hasattr(cfg, "merge_from_list"):
+    if isinstance(cfg, CfgNode):
+        is_frozen = cfg.is_frozen()
+        cfg.defrost()
         cfg.merge_from_list([part for item in yacs_overrides(overrides).items() for part in item])
+        if is_frozen:
+            cfg.freeze()
         return cfg
     for key, value in overrides.items():
         is_of_core = key in SETTINGS and SETTINGS[key].owner == "proposal_generator"

@@ -4,14 +4,15 @@ A training tool needs a few lines, for any data::
 
     add_dataset_arguments(parser)
     ...
-    data = register_from_arguments(args, train_names, val_names, num_classes)  # names, classes
+    data = register_from_arguments(args, train_names, val_names)  # names, classes
     ...
-    dataset_dicts = load_dataset_dicts(data.train, data.num_classes)  # checked
+    dataset_dicts = load_dataset_dicts(data.train, len(data.class_names))  # checked
 """
 
 from .classes import common_classes
 from .coco_json import CocoSummary, check_coco_json
 from .dataset_dicts import check_dataset_dicts, load_dataset_dicts
+from .loader import TrainLoader, build_train_loader
 from .mapper import NamingMapper
 from .registration import (
     Datasets,
@@ -28,7 +29,9 @@ __all__ = [
     "Datasets",
     "NamingMapper",
     "ToyShapesOptions",
+    "TrainLoader",
     "add_dataset_arguments",
+    "build_train_loader",
     "check_coco_json",
     "check_dataset_dicts",
     "common_classes",

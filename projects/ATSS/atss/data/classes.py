@@ -10,8 +10,8 @@ logger = logging.getLogger(__name__)
 
 def common_classes(
     sources: Sequence[Tuple[PathLike, Sequence[str]]], num_classes: Optional[int] = None
-) -> Tuple[Optional[List[str]], Optional[int]]:
-    """Class names that all data sets of a run share, and their number.
+) -> Optional[List[str]]:
+    """Class names that all data sets of a run share; None without sources.
 
     Training and validation must mean the same by class 0, 1, ..., or AP measures nothing.
 
@@ -19,14 +19,11 @@ def common_classes(
         sources: files or names of data sets, each with its class names in the order of the ids.
         num_classes: K if the config sets it explicitly; else None.
 
-    Returns:
-        None and `num_classes` without sources.
-
     Raises:
         ValueError: names or their order differ; `num_classes` is another number.
     """
     if not sources:
-        return None, num_classes
+        return None
     (source, names), *others = sources
     for other_source, other_names in others:
         if other_names == names:
@@ -48,4 +45,4 @@ def common_classes(
             "correct file."
         )
     logger.info("%d classes, from %s: %s.", len(names), source, shown)
-    return list(names), len(names)
+    return list(names)

@@ -1,9 +1,7 @@
 """Checks of COCO annotation files before a training or an evaluation.
 
 Detectron2 loads most faulty files without a message, or stops with a bare assertion hours later.
-Here a problem is a `ValueError` (a missing file a `FileNotFoundError`) that names the file, the
-image and the annotation. Boxes without area are no error: training drops them, and one log line
-counts them.
+Boxes without area are no error: training drops them, and one log line counts them.
 """
 
 import json
@@ -41,9 +39,8 @@ def check_coco_json(
 
     Raises:
         FileNotFoundError: the file, the image folder or an image is missing.
-        ValueError: the file is not JSON; a list or key is missing; an image is not as
-            `check_image_files` wants it; ids are not unique or refer to nothing; a box is not four
-            numbers, not finite, or has x2 < x1 or y2 < y1.
+        ValueError: the file is not JSON; a list or key is missing; ids are not unique or refer to
+            nothing; see `check_image_files`, `box_flaw`. File, image and annotation are named.
     """
     data = _read_json(json_file)
     classes = _read_records(data, "categories", "category", ["name"], json_file)
@@ -73,7 +70,8 @@ def check_coco_json(
             place = f"annotation {annotation['id']} of image {annotation['image_id']}"
             problems.append(f"{place} {error}")
     raise_if_any(problems, f"in {json_file}")
-    log_flaws(flaws, json_file, for_evaluation)
+    if for_evaluation:  # what is trained on is counted where it is loaded
+        log_flaws(flaws, json_file, for_evaluation=True)
     if for_evaluation and any(annotation["id"] == 0 for annotation in annotations):
         logger.warning(
             "%s has an annotation with id 0. COCO's evaluation counts a match with it as no match, "

@@ -36,8 +36,8 @@ def check_dataset_dicts(
 
     Raises:
         FileNotFoundError: an image file is missing.
-        ValueError: an image is not as `check_image_files` wants it; a box is not four numbers, not
-            finite, or has x2 < x1 or y2 < y1; a class id is out of range; an outline is missing.
+        ValueError: see `check_image_files`, `box_flaw`; a class id is out of range; an outline is
+            missing.
     """
     check_image_files(dataset_dicts, dataset_name)
     problems, flaws, cleaned = [], Counter(), []
@@ -76,13 +76,11 @@ def load_dataset_dicts(
 
     Args:
         names: registered sets; their images are concatenated.
-        num_classes: K of the model.
+        num_classes, with_masks: see `check_dataset_dicts`, whose errors this shares.
         filter_empty: leave out images without annotations or with crowds only.
-        with_masks: every object needs an outline.
 
     Raises:
-        FileNotFoundError: see `check_dataset_dicts`.
-        ValueError: see `check_dataset_dicts`; also if no image is left.
+        ValueError: also if no image is left.
     """
     names = [names] if isinstance(names, str) else list(names)
     dataset_dicts = []

@@ -17,7 +17,6 @@ from .toy_shapes import ToyShapesOptions, render_dataset, split_paths
 logger = logging.getLogger(__name__)
 
 TOY_SHAPES = "toy_shapes"
-OWN_TRAIN, OWN_VAL = "own_train", "own_val"  # names of the sets from --train-json and --val-json
 
 Files = Tuple[str, str]  # annotation file, image folder
 
@@ -26,13 +25,12 @@ class Datasets(NamedTuple):
     """What a run trains and evaluates on.
 
     `train` and `val` are registered names, perhaps none. `class_names` are in the order of the
-    class ids; they and `num_classes` are None where a registered set does not say its classes.
+    class ids, None where no registered set says its classes.
     """
 
     train: Tuple[str, ...]
     val: Tuple[str, ...]
     class_names: Optional[List[str]]
-    num_classes: Optional[int]
 
 
 def register_toy_shapes(
@@ -120,10 +118,11 @@ def register_from_arguments(
     val: Union[str, Sequence[str]] = (),
     num_classes: Optional[int] = None,
 ) -> Datasets:
-    """Register what the command line, or else the config, asks for; find the number of classes.
+    """Register what the command line, or else the config, asks for; find the classes.
 
-    The sets of `--train-json` and `--val-json` replace all sets of the config. Without them, the
-    toy set is rendered if the config names it. With `args.eval_only` no training set is needed.
+    The sets of `--train-json` and `--val-json`, own_train and own_val, replace all sets of the
+    config. Without them, the toy set is rendered if the config names it. With `args.eval_only` no
+    training set is needed.
 
     Args:
         args: of a parser with `add_dataset_arguments`.
@@ -137,9 +136,9 @@ def register_from_arguments(
             name in the config is not registered.
     """
     eval_only = getattr(args, "eval_only", False)
-    train_files, val_files = _files_of(args, "train"), _files_of(args, "val")
-    if train_files or val_files:
-        return _register_files(train_files, val_files, num_classes, eval_only)
+    files = {split: _files_of(args, split) for split in ("train", "val")}
+    if any(files.values()):
+        return _register_files(files, num_classes, eval_only)
     train, val = ((names,) if isinstance(names, str) else tuple(names) for names in (train, val))
     return _register_names(() if eval_only else train, val, num_classes)
 
@@ -190,29 +189,25 @@ def _files_of(args: argparse.Namespace, split: str) -> Optional[Files]:
 
 
 def _register_files(
-    train_files: Optional[Files],
-    val_files: Optional[Files],
-    num_classes: Optional[int],
-    eval_only: bool,
+    files: Dict[str, Optional[Files]], num_classes: Optional[int], eval_only: bool
 ) -> Datasets:
-    if not train_files and not eval_only:
+    if not files["train"] and not eval_only:
         raise ValueError(
             "--val-json without --train-json: give --train-json and --train-images to train on "
             "your data, or --eval-only to evaluate."
         )
-    if not val_files and eval_only:
+    if not files["val"] and eval_only:
         raise ValueError("--eval-only on your data needs --val-json and --val-images.")
+    names: Dict[str, Tuple[str, ...]] = {"train": (), "val": ()}
     sources = []
-    if train_files:
-        sources.append((train_files[0], register_coco_json(OWN_TRAIN, *train_files).class_names))
-    if val_files:
-        summary = register_coco_json(OWN_VAL, *val_files, for_evaluation=True)
-        sources.append((val_files[0], summary.class_names))
-    else:
+    for split, paths in files.items():
+        if paths:
+            names[split] = (f"own_{split}",)
+            summary = register_coco_json(f"own_{split}", *paths, for_evaluation=split == "val")
+            sources.append((paths[0], summary.class_names))
+    if not files["val"]:
         logger.warning("No --val-json: nothing will be evaluated.")
-    train = (OWN_TRAIN,) if train_files else ()
-    val = (OWN_VAL,) if val_files else ()
-    return Datasets(train, val, *common_classes(sources, num_classes))
+    return Datasets(**names, class_names=common_classes(sources, num_classes))
 
 
 def _register_names(
@@ -238,4 +233,4 @@ def _register_names(
             )
         if class_names:
             sources.append((name, list(class_names)))
-    return Datasets(train, val, *common_classes(sources, num_classes))
+    return Datasets(train, val, common_classes(sources, num_classes))

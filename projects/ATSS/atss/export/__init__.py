@@ -1,28 +1,22 @@
 """Export of a trained detector as TorchScript, torch.export or ONNX."""
 
-from .check import (
-    check_sizes,
+from .comparison import (
     compare_with_eager,
     first_stage_that_differs,
     format_table,
+    sizes_to_compare,
     spread_scores,
 )
-from .formats import (
-    DEFAULT_OPSET,
-    MissingOperatorError,
-    export_onnx,
-    export_program,
-    export_torchscript,
-    load_exported,
-)
+from .formats import FORMATS
 from .metadata import class_names_of, collect_metadata, resize_rule, write_metadata
 from .modules import STAGES
+from .onnx_files import DEFAULT_OPSET, export_onnx
+from .torch_files import export_program, export_torchscript
 
 __all__ = [
     "DEFAULT_OPSET",
-    "MissingOperatorError",
+    "FORMATS",
     "STAGES",
-    "check_sizes",
     "class_names_of",
     "collect_metadata",
     "compare_with_eager",
@@ -31,8 +25,8 @@ __all__ = [
     "export_torchscript",
     "first_stage_that_differs",
     "format_table",
-    "load_exported",
     "resize_rule",
+    "sizes_to_compare",
     "spread_scores",
     "write_metadata",
 ]

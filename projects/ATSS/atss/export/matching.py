@@ -85,7 +85,8 @@ def match_detections(
     """Find each detection of one list in the other, whatever the order.
 
     Args:
-        expected: boxes (D, 4), scores (D,), classes (D,) and maybe masks (D, 1, M, M) of an image.
+        expected: boxes (D, 4), scores (D,), classes (D,) and maybe masks (D, 1, side, side)
+            of an image.
         found: the same of the file.
         suppression: without it nothing counts as a tie.
     """

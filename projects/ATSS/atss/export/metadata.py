@@ -18,24 +18,11 @@ from detectron2.modeling import GeneralizedRCNN
 
 import atss
 
+from ..backbone import padding_rule
 from ..data.toy_shapes import ToyShapesOptions
-from ..detector import padding_rule
 from .modules import ImageSize, PathLike, output_names
 
 Config = Union[DictConfig, CfgNode]
-
-# What outputs hold: shape of one entry after (D,), dtype, meaning.
-_OUTPUTS = {
-    "boxes": ([4], "float32", "x1, y1, x2, y2 in pixels of the input image"),
-    "scores": ([], "float32", "falling within each image"),
-    "classes": ([], "int64", "index into class_names"),
-    "image_idxs": ([], "int64", "which image of the batch"),
-    "masks": (
-        [1, "side", "side"],
-        "float32",
-        "probability that a pixel belongs to the object, on a grid over its box",
-    ),
-}
 
 
 def collect_metadata(
@@ -52,11 +39,9 @@ def collect_metadata(
     """Everything around the file that is not in it.
 
     Args:
-        model: what was exported.
+        model, batch_size, stage: see `export_torchscript`.
         file: the exported file; only its name is kept.
-        export_format: "torchscript", "export" or "onnx".
-        batch_size: N of the file.
-        stage: where the file ends, see `ExportableDetector`.
+        export_format: key of `FORMATS`.
         fixed_size: (height, width) that the file insists on, if it does.
         resize: see `resize_rule`.
         class_names: K names, if known.
@@ -170,21 +155,27 @@ def class_names_of(cfg: Config, num_classes: int) -> Optional[List[str]]:
 
 
 def _outputs(model: nn.Module, batch_size: int, stage: str, num_classes: int) -> List[Dict]:
-    names = output_names(model, batch_size, stage)
-    if stage in ("candidates", "detections"):
-        known = {name: ([stage, *shape], *rest) for name, (shape, *rest) in _OUTPUTS.items()}
-    else:
-        shape, corners = [batch_size, "anchors"], _OUTPUTS["boxes"][2]
+    """Name, shape, dtype and meaning of each output."""
+    feature = ([batch_size, "channels", "rows", "columns"], "float32", "map of the backbone")
+    corners = "x1, y1, x2, y2 in pixels of the input image"
+    probability = "probability that a pixel belongs to the object, on a grid over its box"
+    known = {
+        "boxes": ([stage, 4], "float32", corners),
+        "scores": ([stage], "float32", "falling within each image"),
+        "classes": ([stage], "int64", "index into class_names"),
+        "image_idxs": ([stage], "int64", "which image of the batch"),
+        "masks": ([stage, 1, "side", "side"], "float32", probability),
+    }
+    if stage == "raw heads":
+        shape = [batch_size, "anchors"]
         known = {
             "logits": ([*shape, num_classes], "float32", "class logits, a sigmoid each"),
             "boxes": ([*shape, 4], "float32", f"{corners}, not clipped to it"),
             "centerness": (shape, "float32", "logits"),
         }
-        feature = ([batch_size, "channels", "rows", "columns"], "float32", "map of the backbone")
-        known.update(dict.fromkeys(model.proposal_generator.in_features, feature))
-    return [
-        dict(zip(("name", "shape", "dtype", "meaning"), (name, *known[name]))) for name in names
-    ]
+    keys = ("name", "shape", "dtype", "meaning")
+    names = output_names(model, batch_size, stage)
+    return [dict(zip(keys, (name, *known.get(name, feature)))) for name in names]
 
 
 def _anchors_per_level(model: nn.Module, size: ImageSize) -> List[int]:

@@ -14,8 +14,11 @@ from torch.nn import functional as F
 from detectron2.modeling import GeneralizedRCNN
 from detectron2.structures import Instances
 
-from ..anchors import GraphBoxes
-from ..detector import ATSSDetector, padding_rule
+from ..anchor_grid import GraphBoxes
+from ..backbone import padding_rule
+from ..checks import check_choice
+from ..detector import ATSSDetector
+from ..postprocessing import SelectionInputs
 from ..postprocessing.traceable import ClassNMS, move_like, nms_per_class
 from ..predictions import DensePredictions, flatten_levels
 from ..proposal_generator import ATSS
@@ -45,10 +48,8 @@ class ExportableDetector(nn.Module):
         self, model: ATSSDetector, stage: str = "detections", nms: ClassNMS = nms_per_class
     ):
         super().__init__()
-        if stage not in STAGES:
-            raise ValueError(f"There is no stage {stage!r}; the stages are {', '.join(STAGES)}.")
+        self.stage = check_choice("ExportableDetector", "stage", stage, STAGES)
         self.model = frozen_copy(model)
-        self.stage = stage
         self.nms = nms
         if stage == "candidates":
             self.nms = _keep_all
@@ -76,14 +77,10 @@ class ExportableDetector(nn.Module):
         anchors = core.anchor_generator._grid_anchors(feature_list)
         if self.stage == "raw heads":
             return raw_heads_as_tensors(core, predictions, anchors)
-        results = core.selector.in_graph(
-            predictions,
-            [GraphBoxes(level) for level in anchors],
-            [(images.shape[-2], images.shape[-1]) for _ in images.unbind()],
-            core.decode,
-            self.nms,
-        )
-        return join_images(results)
+        boxes = [GraphBoxes(level) for level in anchors]
+        image_sizes = [(images.shape[-2], images.shape[-1]) for _ in images.unbind()]
+        inputs = SelectionInputs(predictions, boxes, image_sizes, core.decode)
+        return join_images(core.selector.in_graph(inputs, self.nms))
 
 
 def raw_heads_as_tensors(
@@ -92,7 +89,7 @@ def raw_heads_as_tensors(
     """What the head predicts for every anchor, without selection.
 
     Args:
-        core: with the transform of the boxes.
+        core: decodes the boxes.
         predictions: of the head.
         anchors: L tensors (Ri, 4), xyxy in pixels.
 
@@ -128,13 +125,7 @@ def join_images(results: Sequence[Tuple[Tensor, ...]]) -> Tuple[Tensor, ...]:
 
 
 def output_names(model: nn.Module, batch_size: int = 1, stage: str = "detections") -> List[str]:
-    """Names of the tensors that an exported model returns, in their order.
-
-    Args:
-        model: what is exported.
-        batch_size: N of the file.
-        stage: where the file ends.
-    """
+    """Names of the tensors that a file returns, in their order; see `export_torchscript`."""
     if stage == "features":
         return list(model.proposal_generator.in_features)
     if stage == "raw heads":
@@ -156,12 +147,8 @@ def example_images(model: nn.Module, batch_size: int, size: ImageSize) -> Tensor
 def frozen_copy(model: nn.Module, two_stage: bool = False) -> nn.Module:
     """A copy for evaluation without gradients.
 
-    Args:
-        model: left as it is.
-        two_stage: whether a two-stage model will do.
-
     Raises:
-        TypeError: for another model.
+        TypeError: for a model that is no `ATSSDetector`, nor a two-stage one if that will do.
     """
     known = (ATSSDetector, GeneralizedRCNN) if two_stage else (ATSSDetector,)
     has_keypoints = getattr(getattr(model, "roi_heads", None), "keypoint_on", False)

@@ -7,7 +7,8 @@ convolution can hold. GroupNorm computes its statistics from every image and sta
 from collections import Counter
 
 import torch
-from torch import Tensor, nn
+from torch import nn
+from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from detectron2.layers import FrozenBatchNorm2d
 
@@ -66,18 +67,9 @@ def _is_fixed(norm: object) -> bool:
 
 
 def _fold(conv: nn.Module, norm: nn.Module) -> None:
-    # In float64, so that folding itself does not round: norm(conv(x)) = scale * conv(x) + shift.
-    scale = (norm.running_var.double() + norm.eps).rsqrt()
-    if norm.weight is not None:
-        scale = scale * norm.weight.double()
-    shift = -norm.running_mean.double() * scale
-    if norm.bias is not None:
-        shift = shift + norm.bias.double()
-    if conv.bias is not None:
-        shift = shift + conv.bias.double() * scale
-    conv.weight = _parameter(conv.weight.double() * scale.view(-1, 1, 1, 1), conv.weight)
-    conv.bias = _parameter(shift, conv.weight)
-
-
-def _parameter(value: Tensor, like: Tensor) -> nn.Parameter:
-    return nn.Parameter(value.to(like.dtype), requires_grad=False)
+    # In float64, so that folding itself does not round.
+    parts = (conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.weight, norm.bias)
+    weight, bias, mean, var, scale, shift = (x if x is None else x.double() for x in parts)
+    folded = fuse_conv_bn_weights(weight, bias, mean, var, norm.eps, scale, shift)
+    dtype = conv.weight.dtype
+    conv.weight, conv.bias = (nn.Parameter(x.to(dtype), requires_grad=False) for x in folded)

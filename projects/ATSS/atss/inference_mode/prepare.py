@@ -7,6 +7,7 @@ from typing import Any, Mapping, Optional
 import torch
 from torch import Tensor, nn
 
+from ..checks import check_choice
 from ..device import compile_dense_parts, has_fast_bfloat16, to_channels_last
 from ..predictions import DensePredictions
 from .batch_norms import fold_batch_norms
@@ -77,12 +78,6 @@ def prepare_as_configured(model: nn.Module, settings: Mapping[str, Any]) -> nn.M
         model: with its weights, on its device.
         settings: "enabled", "channels_last", "precision" (see `inference_dtype`) and "compile":
             `train.prepare` of a LazyConfig, TEST.PREPARE of a YAML config with lower-case keys.
-
-    Returns:
-        The model, prepared or unchanged.
-
-    Raises:
-        ValueError: see `prepare_for_inference`, `inference_dtype`.
     """
     if not settings["enabled"]:
         return model
@@ -106,13 +101,9 @@ def inference_dtype(precision: str, device: torch.device) -> Optional[torch.dtyp
     Raises:
         ValueError: for an unknown name.
     """
-    if precision == "auto":
+    key = "train.prepare.precision (TEST.PREPARE.PRECISION)"
+    if check_choice("Inference", "precision", precision, ["auto", *_DTYPES], key) == "auto":
         return torch.bfloat16 if has_fast_bfloat16(device) else None
-    if precision not in _DTYPES:
-        raise ValueError(
-            f"Unknown precision {precision!r} for inference; known are {['auto', *_DTYPES]} "
-            "(train.prepare.precision, TEST.PREPARE.PRECISION)."
-        )
     return _DTYPES[precision]
 
 

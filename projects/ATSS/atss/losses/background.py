@@ -55,7 +55,7 @@ def _background_block(
 ) -> Tensor:
     """`background_sum` of a block, without new memory."""
     p, u, softplus = (row[: x.numel()].view(x.shape) for row in scratch)
-    p.copy_(x)
+    p.copy_(x).clamp_(min=_IGNORED)  # an infinite difference would make `beyond` NaN
     if mask is not None:
         p.masked_fill_(mask, _IGNORED)
     beyond = p.sum()

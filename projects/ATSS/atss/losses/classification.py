@@ -80,7 +80,7 @@ class ClassLoss:
             0-dim float32 sum, not normalised.
         """
         flat = FlatMaps.of(logits)
-        levels = places.locations.levels
+        levels = places.lattice.levels
         offsets = flat.offsets(places, num_anchors, classes.unsqueeze(1))  # (S, 1)
         targets = targets.float()
         masks = masks_per_level(is_ignored, logits, num_anchors, flat.channels_last)
@@ -119,11 +119,10 @@ class FocalLoss(ClassLoss):
     """
 
     def __init__(self, alpha: float = 0.25, gamma: float = 2.0):
-        self.alpha = check_range(
-            "FocalLoss", "alpha", alpha, 0, 1, "model.loss.classification.alpha"
-        )
+        check_range("FocalLoss", "alpha", alpha, 0, 1, "model.loss.classification.alpha")
         check_range("FocalLoss", "gamma", gamma, 0, key="model.loss.classification.gamma")
         super().__init__(1 - alpha, gamma)
+        self.alpha = alpha
 
     def positive_term(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Loss of logits at the class of a positive, (S,)."""

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from detectron2.utils import comm
 
-from ..anchors import AnchorGrid
+from ..anchor_grid import AnchorGrid
 from ..assigners import Assignment
 from ..box_regression import Box2BoxTransform, PointToBoxTransform
 from ..checks import check_choice, check_integer, check_range
@@ -69,12 +69,6 @@ class DenseLoss:
         ):
             check_choice("DenseLoss", name, value, choices, f"model.loss.{name}")
         check_integer("DenseLoss", "num_classes", num_classes, 1, "model.num_classes")
-        check_range(
-            "DenseLoss", "box_loss_weight", box_loss_weight, 0, key="model.loss.box_loss_weight"
-        )
-        check_range(
-            "DenseLoss", "smooth_l1_beta", smooth_l1_beta, 0, key="model.loss.smooth_l1_beta"
-        )
         self.box2box_transform = box2box_transform
         self.num_classes = num_classes
         self.classification = FocalLoss() if classification is None else classification
@@ -84,6 +78,8 @@ class DenseLoss:
         self.box_weighting = box_weighting
         self.class_normalizer = class_normalizer
         self.smooth_l1_beta = smooth_l1_beta
+        for name in ("box_loss_weight", "smooth_l1_beta"):
+            check_range("DenseLoss", name, getattr(self, name), 0, key=f"model.loss.{name}")
 
     def __call__(
         self, predictions: DensePredictions, anchors: AnchorGrid, targets: Targets
@@ -117,7 +113,7 @@ class DenseLoss:
             ignored = assignment.is_ignored[assignment.image_idxs, assignment.anchor_idxs]
             is_positive = is_positive & ~ignored
         places = Places.of(anchors, assignment.image_idxs, assignment.anchor_idxs)
-        anchor_boxes = anchors.boxes_of(places.locations)  # (S, 4)
+        anchor_boxes = anchors.boxes_of(places.lattice)  # (S, 4)
         # Boxes of other samples must not reach log or division: their gradient could be NaN in
         # spite of the mask.
         gt_boxes = torch.where(is_positive.unsqueeze(1), targets.boxes, anchor_boxes)

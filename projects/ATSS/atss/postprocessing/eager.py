@@ -7,64 +7,31 @@ locations where some class passes the threshold; the logits themselves are read 
 """
 
 import math
-from typing import Callable, List, NamedTuple, Optional, Sequence, Tuple
+from typing import List, NamedTuple, Optional, Tuple
 
 import torch
 from torch import Tensor
 
 from detectron2.layers import batched_nms
-from detectron2.structures import Boxes
 
-from ..predictions import DensePredictions
-
-Decode = Callable[[Tensor, Tensor], Tensor]
+from .selection import Detections, DetectionSettings, SelectionInputs
 
 
-class Detections(NamedTuple):
-    """Scored boxes of one image, before suppression (candidates) or after it.
-
-    Attributes:
-        boxes: (D, 4) xyxy in pixels of the network's input.
-        scores: (D,) in [0, 1].
-        classes: (D,) int64 in 0..K-1.
-    """
-
-    boxes: Tensor
-    scores: Tensor
-    classes: Tensor
-
-
-def select_candidates(
-    predictions: DensePredictions,
-    anchors: Sequence[Boxes],
-    image_sizes: Sequence[Tuple[int, int]],
-    decode: Decode,
-    score_thresh: float = 0.05,
-    topk: int = 1000,
-    sqrt_score: bool = True,
-) -> List[Detections]:
+def select_candidates(inputs: SelectionInputs, settings: DetectionSettings) -> List[Detections]:
     """Best predictions of every level, joined, for each image of a batch.
-
-    Args:
-        predictions: raw output of the head, L tensors each.
-        anchors: L `Boxes`.
-        image_sizes: N (height, width) in pixels, before padding.
-        decode: `(deltas, anchors) -> boxes`, (P, 4) each, boxes xyxy in pixels.
-        score_thresh: least class score before quality, exclusive.
-        topk: how many a level keeps.
-        sqrt_score: score is sqrt(class * quality) instead of the plain product; ranks the same.
 
     Returns:
         N `Detections` by falling score, ties in the order of (level, anchor, class). Boxes are
         clipped to the image; those without area are left out.
     """
-    num_images = len(image_sizes)
+    predictions, anchors, image_sizes, decode = inputs
+    topk, num_images = settings.topk_candidates, len(image_sizes)
     predictions.check(predictions.num_classes)
     found = [
-        _Found.on_level(predictions, i, level.tensor, score_thresh)
+        _Found.on_level(inputs, i, level.tensor, settings.score_thresh)
         for i, level in enumerate(anchors)
     ]
-    points, scores, classes = zip(*(level.scored(score_thresh, sqrt_score) for level in found))
+    points, scores, classes = zip(*(level.scored(settings) for level in found))
     images = [level.images[rows] for level, rows in zip(found, points)]
 
     # Which candidates are among the best of their level and image. One transfer brings all counts
@@ -126,17 +93,14 @@ class _Found(NamedTuple):
 
     @classmethod
     def on_level(
-        cls,
-        predictions: DensePredictions,
-        index: int,
-        anchors: Tensor,
-        score_thresh: float,
+        cls, inputs: SelectionInputs, index: int, anchors: Tensor, score_thresh: float
     ) -> "_Found":
+        predictions = inputs.predictions
         num_anchors = predictions.num_anchors
 
-        def by_anchor(level: Tensor) -> Tensor:  # (N, A, D, Hi * Wi), a view if memory allows
-            depth = level.shape[1] // num_anchors
-            return level.reshape(len(level), num_anchors, depth, -1)
+        def by_anchor(level: Tensor) -> Tensor:  # (N, A, V, Hi * Wi), a view if memory allows
+            num_values = level.shape[1] // num_anchors
+            return level.reshape(len(level), num_anchors, num_values, -1)
 
         logits = by_anchor(predictions.logits[index])
         best = logits.amax(dim=2).transpose(1, 2)  # (N, Hi * Wi, A)
@@ -154,41 +118,42 @@ class _Found(NamedTuple):
             anchors[locations * num_anchors + cells],
         )
 
-    def scored(self, score_thresh: float, sqrt_score: bool) -> Tuple[Tensor, Tensor, Tensor]:
+    def scored(self, settings: DetectionSettings) -> Tuple[Tensor, Tensor, Tensor]:
         """Rows, scores and classes of the candidates, (D,) each, by row, then class."""
         class_scores = self.logits.float().sigmoid()  # (P, K)
         # Compare before quality multiplies in: a low one should re-rank a box, not remove it.
-        rows, classes = (class_scores > score_thresh).nonzero().unbind(dim=1)
+        rows, classes = (class_scores > settings.score_thresh).nonzero().unbind(dim=1)
         scores = class_scores[rows, classes]
         if self.quality is not None:
             scores = scores * self.quality.float().sigmoid()[rows]
-            if sqrt_score:
+            if settings.sqrt_score:
                 scores = scores.sqrt()
         return rows, scores, classes
 
 
-def suppress(candidates: Detections, nms_thresh: float = 0.6, max_detections: int = 100) -> Tensor:
-    """Remove boxes that repeat a better one of the same class.
+def suppress(
+    candidates: Detections, nms_thresh: float = 0.6, max_detections: int = 100
+) -> Detections:
+    """What is left without boxes that repeat a better one of the same class.
 
     Args:
         candidates: of one image, all levels joined, in any order.
         nms_thresh: IoU above which the box of lower score is removed.
-        max_detections: how many to keep; -1 keeps all.
+        max_detections: how many to keep; negative keeps all.
 
     Returns:
-        (D',) int64 indices of the boxes kept, by falling score.
+        `Detections` by falling score.
     """
-    order = candidates.scores.sort(descending=True, stable=True).indices
+    candidates = candidates.at(candidates.scores.sort(descending=True, stable=True).indices)
     # Whether a box stays depends on better ones only. So the best few are enough, if as many as
     # wanted stay among them; else there are more to look at.
-    window = len(order) if max_detections < 0 else min(4 * max_detections, len(order))
+    num_all = len(candidates.scores)
+    window = num_all if max_detections < 0 else min(4 * max_detections, num_all)
     while True:
-        best = order[:window]
-        keep = batched_nms(*(part[best] for part in candidates), nms_thresh)
-        if window == len(order) or len(keep) >= max_detections:
-            keep = best[keep]
-            return keep[:max_detections] if max_detections >= 0 else keep
-        window = min(4 * window, len(order))
+        keep = batched_nms(*candidates.at(slice(window)), nms_thresh)
+        if window == num_all or len(keep) >= max_detections:
+            return candidates.at(keep[:max_detections] if max_detections >= 0 else keep)
+        window = min(4 * window, num_all)
 
 
 def logit(probability: float) -> float:

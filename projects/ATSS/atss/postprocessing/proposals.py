@@ -4,7 +4,8 @@ As in Detectron2's RPN the best are kept whatever their score; only duplicates a
 to pool from are removed.
 """
 
-from typing import List, Optional, Sequence, Tuple
+from collections.abc import Sequence
+from typing import List, Optional, Tuple
 
 import torch
 from torch import Tensor
@@ -14,8 +15,8 @@ from detectron2.layers import batched_nms
 from detectron2.structures import Boxes, Instances
 
 from ..checks import check_integer, check_range
-from ..predictions import DensePredictions, flatten_level
-from .eager import Decode
+from ..predictions import flatten_level
+from .selection import SelectionInputs
 
 
 class ProposalSelector:
@@ -48,10 +49,10 @@ class ProposalSelector:
                 f"model.proposal_generator.selector.{name} (MODEL.RPN.{name.upper()}_TRAIN and "
                 "_TEST)"
             )
-            if len(value) != 2:
+            if not isinstance(value, Sequence) or len(value) != 2:
                 raise ValueError(
                     f"ProposalSelector needs {name} as two numbers >= 1, for training and for "
-                    f"evaluation, got {value}. Change {key}."
+                    f"evaluation, got {value!r}. Change {key}."
                 )
             for count in value:
                 check_integer("ProposalSelector", name, count, 1, key)
@@ -65,21 +66,11 @@ class ProposalSelector:
         self.sqrt_score = sqrt_score
 
     @torch.no_grad()
-    def __call__(
-        self,
-        predictions: DensePredictions,
-        anchors: Sequence[Boxes],
-        image_sizes: Sequence[Tuple[int, int]],
-        decode: Decode,
-        training: bool = False,
-    ) -> List[Instances]:
+    def __call__(self, inputs: SelectionInputs, training: bool = False) -> List[Instances]:
         """Proposals of a batch; no gradient passes.
 
         Args:
-            predictions: raw output of a head with one class, L tensors each.
-            anchors: L `Boxes`.
-            image_sizes: N (height, width) in pixels, before padding.
-            decode: `(deltas, anchors) -> boxes`, (P, 4) each, boxes xyxy in pixels.
+            inputs: predictions of a head with one class, and what turns them into boxes.
             training: which of the two numbers count.
 
         Returns:
@@ -89,6 +80,7 @@ class ProposalSelector:
         Raises:
             FloatingPointError: in training, for predictions that are not finite.
         """
+        predictions, anchors, image_sizes, decode = inputs
         pre_nms_topk = self.pre_nms_topk[0 if training else 1]
         num_anchors = predictions.num_anchors
         boxes_per_level, scores_per_level = [], []

@@ -5,19 +5,16 @@ values. A graph would keep the branch of its example image, so here there are no
 every image size and every number of boxes, none included.
 """
 
-from typing import Callable, List, Optional, Sequence, Tuple, Union
+from typing import Callable, List, Optional, Tuple
 
 import torch
 import torchvision
 from torch import Tensor
 
-from detectron2.structures import Boxes
+from ..predictions import flatten_level
+from .eager import logit
+from .selection import Decode, Detections, DetectionSettings, SelectionInputs, Size
 
-from ..predictions import DensePredictions, flatten_level
-from .eager import Decode, Detections, logit
-
-# Heights and widths: numbers, or tensors of one number under `torch.jit.trace`.
-Size = Union[int, Tensor]
 ClassNMS = Callable[[Tensor, Tensor, Tensor, float], Tensor]
 
 
@@ -58,53 +55,33 @@ def nms_per_class(boxes: Tensor, ranks: Tensor, classes: Tensor, nms_thresh: flo
 
 
 def detect_in_graph(
-    predictions: DensePredictions,
-    anchors: Sequence[Boxes],
-    image_sizes: Sequence[Tuple[Size, Size]],
-    decode: Decode,
-    score_thresh: float = 0.05,
-    topk: int = 1000,
-    nms_thresh: float = 0.6,
-    max_detections: int = 100,
-    sqrt_score: bool = True,
-    nms: ClassNMS = nms_per_class,
+    inputs: SelectionInputs, settings: DetectionSettings, nms: ClassNMS = nms_per_class
 ) -> List[Detections]:
     """Detections of a batch, as `select_candidates` and `suppress` of `eager.py` find them.
 
     Args:
-        predictions, anchors, decode, score_thresh, topk, sqrt_score: see
-            `eager.select_candidates`.
-        image_sizes: N (height, width) in pixels, before padding; numbers, or tensors under
-            `torch.jit.trace`.
-        nms_thresh, max_detections: see `eager.suppress`.
+        inputs: sizes of images may be tensors under `torch.jit.trace`.
+        settings: of the selection.
         nms: `(boxes, ranks, classes, nms_thresh) -> indices`; boxes come best first.
 
     Returns:
         N `Detections`, by falling score.
     """
-    num_anchors = predictions.num_anchors
-    logits = [flatten_level(level, num_anchors) for level in predictions.logits]
-    deltas = [flatten_level(level, num_anchors) for level in predictions.deltas]
-    quality: List[Optional[Tensor]] = [None] * len(logits)
+    predictions, anchors, image_sizes, decode = inputs
+    maps = [predictions.logits, predictions.deltas]
     if predictions.quality is not None:
-        quality = [flatten_level(level, num_anchors) for level in predictions.quality]
+        maps.append(predictions.quality)
+    levels = [
+        [flatten_level(values, predictions.num_anchors) for values in level] for level in zip(*maps)
+    ]  # of each level logits (N, Ri, K), deltas (N, Ri, 4) and maybe quality (N, Ri, 1)
 
     results = []
     for i, (height, width) in enumerate(image_sizes):
-        levels = [
-            _select_candidates(
-                logits[j][i],
-                deltas[j][i],
-                None if quality[j] is None else quality[j][i],
-                level_anchors.tensor,
-                decode,
-                score_thresh,
-                topk,
-                sqrt_score,
-            )
-            for j, level_anchors in enumerate(anchors)
+        found = [
+            _select_candidates(settings, decode, boxes.tensor, *(values[i] for values in level))
+            for boxes, level in zip(anchors, levels)
         ]
-        boxes, scores, classes = (torch.cat(parts) for parts in zip(*levels))
+        boxes, scores, classes = (torch.cat(parts) for parts in zip(*found))
         boxes = _clip(boxes, height, width)
         # A box wholly outside has no area left, and NMS would never remove it.
         is_inside = (boxes[:, 2:] > boxes[:, :2]).all(dim=1)
@@ -112,44 +89,42 @@ def detect_in_graph(
         boxes, classes = boxes[is_inside][order], classes[is_inside][order]
         # Ranks in place of scores: equal scores then mean the same to every implementation of NMS.
         ranks = torch.ones_like(scores).cumsum(0).flip(0)  # D to 1
-        keep = nms(boxes, ranks, classes, nms_thresh)
-        if max_detections >= 0:
-            keep = keep[:max_detections]
-        results.append(Detections(boxes[keep], scores[keep], classes[keep]))
+        keep = nms(boxes, ranks, classes, settings.nms_thresh)
+        if settings.detections_per_image >= 0:
+            keep = keep[: settings.detections_per_image]
+        results.append(Detections(boxes, scores, classes).at(keep))
     return results
 
 
 def _select_candidates(
+    settings: DetectionSettings,
+    decode: Decode,
+    anchors: Tensor,
     logits: Tensor,
     deltas: Tensor,
-    quality: Optional[Tensor],
-    anchors: Tensor,
-    decode: Decode,
-    score_thresh: float,
-    topk: int,
-    sqrt_score: bool,
+    quality: Optional[Tensor] = None,
 ) -> Tuple[Tensor, Tensor, Tensor]:
     """Best predictions of one level of one image: boxes, scores, classes.
 
     Args:
+        settings, decode: of the selection.
+        anchors: (Ri, 4) xyxy in pixels.
         logits: (Ri, K) class logits.
         deltas: (Ri, 4).
         quality: (Ri, 1) logits or None.
-        anchors: (Ri, 4) xyxy in pixels.
-        decode, score_thresh, topk, sqrt_score: see `detect_in_graph`.
     """
     num_classes = logits.shape[1]
     # Compare before quality multiplies in: a low one should re-rank a box, not remove it.
-    anchor_idxs, classes = (logits.float() > logit(score_thresh)).nonzero().unbind(dim=1)
+    anchor_idxs, classes = (logits.float() > logit(settings.score_thresh)).nonzero().unbind(dim=1)
     idxs = anchor_idxs * num_classes + classes
     scores = logits.reshape(-1)[idxs].float().sigmoid()
     if quality is not None:
         scores = scores * quality.reshape(-1)[anchor_idxs].float().sigmoid()
-        if sqrt_score:
+        if settings.sqrt_score:
             scores = scores.sqrt()
     # Sorting and slicing, unlike topk, means the same for any number of candidates.
     scores, order = scores.sort(descending=True, stable=True)
-    scores, order = scores[:topk], order[:topk]
+    scores, order = scores[: settings.topk_candidates], order[: settings.topk_candidates]
     anchor_idxs, classes = anchor_idxs[order], classes[order]
     boxes = decode(deltas[anchor_idxs], anchors[anchor_idxs])
     return boxes, scores, classes

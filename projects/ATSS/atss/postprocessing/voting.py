@@ -12,18 +12,18 @@ from torch import Tensor
 from torchvision.ops import nms
 
 from ..geometry import elementwise_iou
-from .eager import Detections
+from .selection import Detections
 
 # Boxes are compared with heads in chunks of this many pairs, about the size of a cache.
 _MAX_PAIRS = 100_000
 
 
 class VoteGroups(NamedTuple):
-    """Boxes sorted into groups.
+    """Boxes sorted into G groups.
 
     Attributes:
-        heads: (H,) int64 index of the best box of each group; by class, then by falling score.
-        group: (D,) int64 group of each box, in 0..H-1.
+        heads: (G,) int64 index of the best box of each group; by class, then by falling score.
+        group: (D,) int64 group of each box, in 0..G-1.
         ious: (D,) float64 IoU of each box with the head of its group; 1 for heads.
     """
 
@@ -59,7 +59,7 @@ def group_boxes(
     boxes = boxes + (classes.double() * span)[:, None] * boxes.new_tensor([1.0, 0.0, 1.0, 0.0])
     # NMS removes IoU > threshold, a group takes IoU >= threshold.
     heads = nms(boxes, scores.double(), float(np.nextafter(vote_thresh, 0.0)))
-    heads = heads[classes[heads].argsort(stable=True)]  # (H,)
+    heads = heads[classes[heads].argsort(stable=True)]  # (G,)
     group = torch.full_like(classes, -1)
     group[heads] = torch.arange(len(heads), device=heads.device)
     ious = torch.ones_like(boxes[:, 0])
@@ -68,7 +68,7 @@ def group_boxes(
     for rows in members.split(max(1, _MAX_PAIRS // len(heads))) if len(members) else ():
         first_class, last_class = classes[rows[0]], classes[rows[-1]]
         near = heads[(classes[heads] >= first_class) & (classes[heads] <= last_class)]
-        pairs = elementwise_iou(boxes[rows, None], boxes[None, near])  # (B, H')
+        pairs = elementwise_iou(boxes[rows, None], boxes[None, near])  # (d, g)
         # Each member has a head, says NMS; should its IoU be rounded otherwise, the nearest head.
         threshold = pairs.amax(dim=1, keepdim=True).clamp(max=vote_thresh)
         best = (pairs >= threshold).to(torch.uint8).argmax(dim=1, keepdim=True)  # the first
@@ -113,14 +113,13 @@ def vote_boxes(
             f"vote_boxes needs a vote_thresh in (0, 1), got {vote_thresh}. It is an IoU: "
             "TEST.AUG.VOTE_THRESH, or vote_thresh of ATSSWithTTA."
         )
-    boxes, scores, classes = candidates
-    is_finite = torch.isfinite(boxes).all(dim=1) & torch.isfinite(scores)
-    boxes, scores, classes = boxes[is_finite], scores[is_finite], classes[is_finite]
+    is_finite = torch.isfinite(candidates.boxes).all(dim=1) & torch.isfinite(candidates.scores)
+    boxes, scores, classes = candidates.at(is_finite)
     heads, group, ious = group_boxes(boxes, scores, classes, vote_thresh)
     # In float64: a group may have thousands of members, and a GPU adds them in any order.
     weights = scores.double()
     sums = torch.cat((boxes.double() * weights[:, None], weights[:, None]), dim=1)  # (D, 5)
-    sums = sums.new_zeros(len(heads), 5).index_add_(0, group, sums)  # (H, 5)
+    sums = sums.new_zeros(len(heads), 5).index_add_(0, group, sums)  # (G, 5)
     has_mean = (torch.bincount(group, minlength=len(heads)) > 1) & (sums[:, 4] > 0)
     means = (sums[:, :4] / sums[:, 4:]).to(boxes.dtype)
     voted = Detections(
@@ -130,7 +129,6 @@ def vote_boxes(
         softened = (weights * (1 - ious)).to(scores.dtype)
         is_back = softened >= soft_score_thresh
         is_back[heads] = False
-        back = Detections(boxes[is_back], softened[is_back], classes[is_back])
+        back = Detections(boxes, softened, classes).at(is_back)
         voted = Detections(*(torch.cat(parts) for parts in zip(voted, back)))
-    order = voted.scores.argsort(descending=True, stable=True)
-    return Detections(*(part[order] for part in voted))
+    return voted.at(voted.scores.argsort(descending=True, stable=True))

@@ -1,29 +1,22 @@
-"""Training runs: command line, processes, configs of both kinds, one step, whole runs."""
+"""Training runs: launched in several processes, set up, trained and evaluated as a config says.
 
-from .command_line import add_import_argument, import_modules, run, training_parser
-from .configs import (
-    choose_data,
-    find_config,
-    load_lazy_config,
-    load_yaml_config,
-    update_lazy_config,
-)
+Configs of both kinds take the same way; `settings` and `configs` know what differs between them.
+"""
+
+from .command_line import import_modules, run, run_here, tool_parser, training_parser
+from .configs import load_lazy_config, load_yaml_config, update_lazy_config
+from .evaluation import evaluate_checkpoint, evaluate_lazy
 from .loop import autocast_dtype, create_ddp_model, make_grad_scaler
-from .runs import (
-    build_model,
-    evaluate_checkpoint,
-    evaluate_lazy,
-    load_for_training,
-    make_checkpointer,
-    say_if_finished,
-    train_lazy,
-)
+from .models import build_model, load_for_training, make_checkpointer
+from .runs import build_optimizer, train_lazy
+from .saved_configs import find_config
+from .settings import choose_data
 from .setup import set_up_run
 
 __all__ = [
-    "add_import_argument",
     "autocast_dtype",
     "build_model",
+    "build_optimizer",
     "choose_data",
     "create_ddp_model",
     "evaluate_checkpoint",
@@ -36,8 +29,9 @@ __all__ = [
     "make_checkpointer",
     "make_grad_scaler",
     "run",
-    "say_if_finished",
+    "run_here",
     "set_up_run",
+    "tool_parser",
     "train_lazy",
     "training_parser",
     "update_lazy_config",

@@ -10,6 +10,7 @@ import torch
 
 from ..data import add_dataset_arguments
 from .launch import launch
+from .settings import Config, available_device
 from .setup import start_screen
 
 # What a user can cause and fix: a sentence is enough. Anything else is a bug and shows its trace.
@@ -20,15 +21,31 @@ class UserMistake(Exception):
     """The sentence of an error that a user can fix; processes pass on its text, not its class."""
 
 
-def training_parser(description: str) -> argparse.ArgumentParser:
-    """Options of Detectron2's training tools, and those for your data.
+def tool_parser(description: str, **options: Any) -> argparse.ArgumentParser:
+    """Parser of a tool that reads a config: with `--import`, for modules of your own.
 
     Args:
         description: docstring of the tool; shown as it is.
+        **options: of `argparse.ArgumentParser`.
     """
     parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, **options
     )
+    parser.add_argument(
+        "--import",
+        dest="modules",
+        action="append",
+        default=[],
+        metavar="MODULE",
+        help="import your module first, such as one that registers parts; it lies in the current "
+        "folder or on PYTHONPATH",
+    )
+    return parser
+
+
+def training_parser(description: str) -> argparse.ArgumentParser:
+    """`tool_parser` with the options of Detectron2's training tools, and those for your data."""
+    parser = tool_parser(description)
     parser.add_argument("--config-file", required=True, metavar="FILE", help="config to use")
     parser.add_argument(
         "--resume", action="store_true", help="continue from the output folder's last checkpoint"
@@ -46,26 +63,12 @@ def training_parser(description: str) -> argparse.ArgumentParser:
         "--dist-url", default="auto", help="where processes meet, e.g. tcp://127.0.0.1:8686"
     )
     add_dataset_arguments(parser)
-    add_import_argument(parser)
     parser.add_argument(
         "opts",
         nargs=argparse.REMAINDER,
         help="config overrides: key=value for a LazyConfig, KEY VALUE pairs for YAML",
     )
     return parser
-
-
-def add_import_argument(parser: argparse.ArgumentParser) -> None:
-    """Give a tool the option for modules of your own."""
-    parser.add_argument(
-        "--import",
-        dest="modules",
-        action="append",
-        default=[],
-        metavar="MODULE",
-        help="import your module first, such as one that registers parts; it lies in the current "
-        "folder or on PYTHONPATH",
-    )
 
 
 def import_modules(names: Sequence[str]) -> None:
@@ -83,23 +86,38 @@ def import_modules(names: Sequence[str]) -> None:
             raise ValueError(f"--import {name}: {error}.") from error
 
 
+def run_here(main: Callable[[argparse.Namespace], Any], args: argparse.Namespace) -> None:
+    """Run a tool's `main` in this process, and exit with its result; mistakes end as in `run`.
+
+    Args:
+        main: of the tool.
+        args: of `tool_parser`.
+    """
+    try:
+        import_modules(args.modules)
+        sys.exit(main(args))
+    except _USER_ERRORS as error:
+        sys.exit(_sentence(error))
+
+
 def run(
     main: Callable[[argparse.Namespace], Any],
     args: argparse.Namespace,
-    device_of: Optional[Callable[[argparse.Namespace], str]] = None,
+    load: Optional[Callable[[str, Sequence[str]], Config]] = None,
 ) -> None:
     """Run a tool's `main` in all its processes; exit with 1 and one line on a user's mistake.
 
     Args:
         main: of the tool, in its module's top level, so that workers can import it.
         args: of `training_parser`.
-        device_of: reads from `args` where the config wants the model, which several processes must
-            know before they start; "cuda" if not given.
+        load: reads the tool's kind of config, whose device several processes must know before they
+            start; it is "cuda" if not given.
     """
     try:
         import_modules(args.modules)
-        is_alone = args.num_gpus * args.num_machines == 1
-        device = "cuda" if is_alone or device_of is None else device_of(args)
+        device = "cuda"
+        if load is not None and args.num_gpus * args.num_machines > 1:
+            device = available_device(load(args.config_file, args.opts))
         launch(
             _run_worker,
             args.num_gpus,

@@ -5,10 +5,8 @@ from typing import Any, Dict, Iterable, Optional
 
 import torch
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
-from detectron2.engine import SimpleTrainer
-from detectron2.utils import comm
+from detectron2.engine import SimpleTrainer, defaults
 
 from ..device import has_fast_bfloat16
 
@@ -48,15 +46,9 @@ def autocast_dtype(enabled: bool, precision: str, device: torch.device) -> Optio
 
 
 def make_grad_scaler(dtype: Optional[torch.dtype]) -> Optional[Any]:
-    """Scaler of gradients for an autocast type.
+    """A new `GradScaler` for an autocast type; None where it needs none.
 
-    Only float16 needs one: small gradients become 0 in it. bfloat16 has the range of float32.
-
-    Args:
-        dtype: as `autocast_dtype` gives it.
-
-    Returns:
-        A new `GradScaler`, or None.
+    Small gradients become 0 in float16. bfloat16 has the range of float32.
     """
     if dtype != torch.float16:
         return None
@@ -121,25 +113,8 @@ class StepTrainer(SimpleTrainer):
             self.grad_scaler.load_state_dict(state_dict["grad_scaler"])
 
 
-def create_ddp_model(model: nn.Module, fp16_compression: bool = False, **kwargs) -> nn.Module:
-    """Wrap a model for data parallelism if there are several workers, on GPUs or the CPU.
-
-    Args:
-        model: on the device of this worker.
-        fp16_compression: send gradients in half precision.
-        **kwargs: of `DistributedDataParallel`.
-
-    Returns:
-        The wrapped model, or `model` itself in a single process.
-    """
-    if comm.get_world_size() == 1:
-        return model
+def create_ddp_model(model: nn.Module, **options: Any) -> nn.Module:
+    """Detectron2's function of this name, with its options, for models on the CPU too."""
     device = next(model.parameters()).device
-    if device.type == "cuda":
-        kwargs.setdefault("device_ids", [device.index])
-    ddp = DistributedDataParallel(model, **kwargs)
-    if fp16_compression:
-        from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
-
-        ddp.register_comm_hook(state=None, hook=default_hooks.fp16_compress_hook)
-    return ddp
+    options.setdefault("device_ids", [device.index] if device.type == "cuda" else None)
+    return defaults.create_ddp_model(model, **options)

@@ -14,14 +14,9 @@ from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
 from detectron2.utils.logger import setup_logger
 
-from .configs import (
-    Config,
-    available_device,
-    check_schedule,
-    compare_with_saved,
-    get_setting,
-    key_of,
-)
+from ..checkpoint import require_weights
+from .saved_configs import compare_with_saved
+from .settings import Config, available_device, check_schedule, get_setting, key_of
 
 logger = logging.getLogger(__name__)
 
@@ -48,12 +43,16 @@ def set_up_run(cfg: Config, args: argparse.Namespace) -> None:
         args: of `training_parser`.
 
     Raises:
-        ValueError: the output folder cannot be made; see `check_schedule`, `compare_with_saved`.
+        FileNotFoundError: nothing to resume, or no such weights.
+        ValueError: the output folder cannot be made; see `check_schedule`, `require_weights`,
+            `compare_with_saved`.
     """
     is_training = not getattr(args, "eval_only", False)
+    is_resumed = getattr(args, "resume", False)
     if is_training:
         check_schedule(cfg, comm.get_world_size())
     folder, key = get_setting(cfg, "output_dir"), key_of(cfg, "output_dir")
+    require_weights(folder, get_setting(cfg, "weights"), is_resumed)
     try:
         PathManager.mkdirs(folder or ".")
     except OSError as error:
@@ -63,14 +62,14 @@ def set_up_run(cfg: Config, args: argparse.Namespace) -> None:
     is_used = any(PathManager.isfile(join(folder, name)) for name in _RESULTS)
     comm.synchronize()  # no process finds what another has just written
     _open_log(folder)
-    if is_used and is_training and not getattr(args, "resume", False):
+    if is_used and is_training and not is_resumed:
         logger.warning(
             "%s has the results of an earlier run: new ones are appended to its metrics.json, and "
             "its checkpoints are replaced. Take another %s, or --resume to go on with it.",
             folder,
             key,
         )
-    if is_training and getattr(args, "resume", False):
+    if is_training and is_resumed:
         compare_with_saved(cfg)  # before default_setup replaces the saved config
     default_setup(cfg, args)
     logger.info("%s", _first_screen(cfg, args, is_training))
@@ -79,16 +78,15 @@ def set_up_run(cfg: Config, args: argparse.Namespace) -> None:
 def _first_screen(cfg: Config, args: argparse.Namespace, is_training: bool) -> str:
     names = (get_setting(cfg, f"{split}_sets") for split in ("train", "val"))
     train, val = (name if isinstance(name, str) else ", ".join(name) for name in names)
+    weights = get_setting(cfg, "weights") or "random"
     batch_size = get_setting(cfg, "batch_size", "some")
     lines = {
         "config": getattr(args, "config_file", ""),
         "data": f"train on {train}, evaluate on {val or 'nothing'}" if is_training else val,
         "classes": get_setting(cfg, "num_classes"),
         "device": f"{available_device(cfg)}, {comm.get_world_size()} process(es)",
-        "weights": get_setting(cfg, "weights") or "random",
+        "weights": "of the last checkpoint" if getattr(args, "resume", False) else weights,
     }
-    if getattr(args, "resume", False):
-        lines["weights"] = "of the last checkpoint"
     if is_training:
         max_iter = get_setting(cfg, "max_iter")
         eval_period = min(get_setting(cfg, "eval_period") or max_iter, max_iter)
@@ -125,8 +123,6 @@ def _tidy(handler: logging.Handler) -> None:
 
 
 def _is_for_screen(record: logging.LogRecord) -> bool:
-    if str(record.msg).startswith("Skip loading parameter"):  # one line for each
-        return False
     return record.levelno >= logging.WARNING or record.name.startswith(_ON_SCREEN)
 
 

@@ -87,8 +87,9 @@ class ToyShapesOptions:
 class ToyObject(NamedTuple):
     """A drawn shape, including the parts that later shapes cover.
 
-    `box` is x, y, width, height in whole pixels. `polygon` (V, 2) is the outline in continuous
-    pixel coordinates, in which the first pixel covers [0, 1]; it touches all sides of the box.
+    `box` is x, y, width, height in whole pixels. `polygon` (corners, 2) is the outline in
+    continuous pixel coordinates, in which the first pixel covers [0, 1]; it touches all sides of
+    the box.
     """
 
     class_id: int

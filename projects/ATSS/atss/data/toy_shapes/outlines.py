@@ -81,14 +81,14 @@ def _to_unit_square(points: np.ndarray) -> np.ndarray:
 
 
 OUTLINES = {name: _to_unit_square(np.asarray(points, float)) for name, points in _POINTS.items()}
-"""Shape name -> (V, 2) x, y of its outline, in [0, 1], in the order of the class ids."""
+"""Shape name -> (corners, 2) x, y of its outline, in [0, 1], in the order of the class ids."""
 
 
 def polygon_area(polygon: np.ndarray) -> float:
     """Area that a polygon encloses (shoelace formula), without the hole of a keyhole polygon.
 
     Args:
-        polygon: (V, 2) corners in order; the last one is joined to the first.
+        polygon: (corners, 2) corners in order; the last one is joined to the first.
 
     Returns:
         The area, >= 0, in square units of the corners.

@@ -5,15 +5,15 @@ import functools
 import pytest
 import torch
 from atss.export import (
-    check_sizes,
     class_names_of,
     collect_metadata,
     compare_with_eager,
     format_table,
     resize_rule,
+    sizes_to_compare,
     spread_scores,
 )
-from atss.export.check import CheckRow
+from atss.export.comparison import ComparisonRow
 from atss.export.matching import Difference, Suppression, match_detections
 from atss.export.modules import ExportableDetector, detect_as_tensors
 from atss.model_zoo import get_config
@@ -159,8 +159,8 @@ def test_every_box_a_little_off_is_noticed_though_all_scores_agree():
 
 def test_table_names_the_size_that_failed():
     rows = [
-        CheckRow((10, 20), 3, 3, Difference(0.0, 0.0, 0, 0)),
-        CheckRow((30, 40), 3, 3, Difference(0.5, 0.0, 0, 0)),
+        ComparisonRow((10, 20), 3, 3, Difference(0.0, 0.0, 0, 0)),
+        ComparisonRow((30, 40), 3, 3, Difference(0.5, 0.0, 0, 0)),
     ]
     lines = format_table(rows).splitlines()
     assert lines[1].endswith("ok") and lines[2].split()[:3] == ["30", "x", "40"]
@@ -168,7 +168,7 @@ def test_table_names_the_size_that_failed():
 
 
 def test_sizes_are_odd_small_portrait_and_larger_than_traced():
-    odd, small, portrait, larger = check_sizes((256, 320))  # height, width
+    odd, small, portrait, larger = sizes_to_compare((256, 320))  # height, width
     assert all(side % 2 and side % 32 for side in odd)
     assert max(small) < 128
     assert portrait[0] > portrait[1]
@@ -186,7 +186,7 @@ def test_spread_scores_leaves_scores_on_both_sides_of_the_threshold():
     assert offsets.abs().max() > 0
 
 
-def test_description_says_what_a_user_needs():
+def test_metadata_says_what_a_user_needs():
     config = get_config("toy/atss_toy")
     names = class_names_of(config, 6)
     model = tiny_detector(num_classes=6)

@@ -8,8 +8,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from detectron2.evaluation import inference_context
+
 from ..detector import ATSSDetector
-from .formats import RunFile, load_exported
+from ..postprocessing import SelectionInputs
+from .formats import FORMATS, RunFile
 from .matching import Difference, Suppression, match_detections
 from .modules import STAGES, ImageSize, detect_as_tensors, join_images, raw_heads_as_tensors
 
@@ -17,8 +20,8 @@ FEATURE_TOLERANCE = 1e-4  # of the largest value of a map
 LEAST_ANCHORS = 100  # whose boxes are compared in raw heads, however low their scores
 
 
-class CheckRow(NamedTuple):
-    """One image, or batch, of a check.
+class ComparisonRow(NamedTuple):
+    """One image, or batch, of a comparison.
 
     Attributes:
         size: (height, width) in pixels.
@@ -36,7 +39,7 @@ class CheckRow(NamedTuple):
         return self.difference.is_rounding
 
 
-def check_sizes(example_size: ImageSize) -> List[ImageSize]:
+def sizes_to_compare(example_size: ImageSize) -> List[ImageSize]:
     """Four (height, width): odd and not divisible by 32, small, portrait, larger than traced."""
     height, width = example_size
     return [(237, 331), (97, 120), (310, 200), (height + height // 2 + 7, width + width // 2 + 3)]
@@ -50,12 +53,12 @@ def compare_with_eager(
     batch_size: int = 1,
     stage: str = "detections",
     image: Optional[Tensor] = None,
-) -> List[CheckRow]:
+) -> List[ComparisonRow]:
     """Run an exported file and its model on the same images.
 
     Args:
         model: on the CPU.
-        run: see `load_exported`.
+        run: see `Format.load`.
         sizes: (height, width) of each batch.
         batch_size: N of the file.
         stage: where the file ends, see `ExportableDetector`.
@@ -64,44 +67,35 @@ def compare_with_eager(
     Returns:
         One row per size.
     """
-    was_training = model.training
-    model.eval()
     rows = []
-    for i, size in enumerate(sizes):
-        images = torch.stack(
-            [
-                synthetic_image(size, i * batch_size + j)
-                if image is None
-                else resized_and_rolled(image, size, j)
-                for j in range(batch_size)
-            ]
-        )
-        expected, found = _eager_outputs(model, images, stage), list(run(images))
-        if stage == "features":
-            difference = _compare_features(expected, found)
-            counts = len(expected), len(found)
-        elif stage == "raw heads":
-            score_thresh = model.proposal_generator.selector.score_thresh
-            difference = _compare_raw_heads(expected, found, score_thresh)
-            counts = expected[0].shape[1], found[0].shape[1]
-        else:
-            difference = _compare_boxes(model, images, stage, expected, found)
-            counts = len(expected[0]), len(found[0])
-        rows.append(CheckRow(size, *counts, difference))
-    model.train(was_training)
+    with inference_context(model):
+        for i, size in enumerate(sizes):
+            images = _batch_to_compare(size, batch_size, i, image)
+            expected, found = _eager_outputs(model, images, stage), list(run(images))
+            if stage == "features":
+                difference = _compare_features(expected, found)
+                counts = len(expected), len(found)
+            elif stage == "raw heads":
+                score_thresh = model.proposal_generator.selector.score_thresh
+                difference = _compare_raw_heads(expected, found, score_thresh)
+                counts = expected[0].shape[1], found[0].shape[1]
+            else:
+                difference = _compare_boxes(model, images, stage, expected, found)
+                counts = len(expected[0]), len(found[0])
+            rows.append(ComparisonRow(size, *counts, difference))
     return rows
 
 
 def first_stage_that_differs(
     export: Callable[..., object],
-    compare: Callable[..., Sequence[CheckRow]],
+    compare: Callable[..., Sequence[ComparisonRow]],
     export_format: str,
     stage: str = "detections",
 ) -> str:
-    """Where a file that failed its check goes wrong: the first stage whose outputs differ.
+    """The first stage whose outputs differ, for a file that failed its comparison.
 
-    Exports the model up to each earlier stage, in the same format, and compares that file with the
-    model's eager code; this takes as long as up to three exports. What the answer means:
+    Exports the model up to each earlier stage, in the same format, and compares that file; this
+    takes as long as up to three exports. What the answer means:
 
     * Raw heads hold decoded boxes, so a mistake in decoding counts as theirs.
     * A shorter file is another program. If a runtime goes wrong only where it optimises across
@@ -110,27 +104,24 @@ def first_stage_that_differs(
       difference of that stage.
 
     Args:
-        export: `export(path, stage=stage)` writes a file: `export_onnx` and the like, with the
-            model and the arguments of the file that failed.
-        compare: `compare(run, stage=stage)`: `compare_with_eager` with the model and the arguments
-            of the check that failed.
-        export_format: "torchscript", "export" or "onnx".
+        export: `export(path, stage=stage)` writes a file, with the model and the arguments of the
+            one that failed.
+        compare: `compare(run, stage=stage)`, with the model and the arguments of the comparison
+            that failed.
+        export_format: key of `FORMATS`.
         stage: where the file that failed ends; named if all earlier stages agree.
-
-    Returns:
-        One of `STAGES`.
     """
     for earlier in STAGES[: STAGES.index(stage)]:
         with tempfile.TemporaryDirectory() as folder:
             file = os.path.join(folder, "stage.pt2")  # torch.export insists on this ending
             export(file, stage=earlier)
-            rows = compare(load_exported(file, export_format), stage=earlier)
+            rows = compare(FORMATS[export_format].load(file), stage=earlier)
         if not all(row.passed for row in rows):
             return earlier
     return stage
 
 
-def format_table(rows: Sequence[CheckRow]) -> str:
+def format_table(rows: Sequence[ComparisonRow]) -> str:
     """The rows as a table for people."""
     lines = [
         f"{'height x width':>14}  {'eager':>7}  {'exported':>8}  {'boxes, px':>9}  {'scores':>8}  "
@@ -148,6 +139,18 @@ def format_table(rows: Sequence[CheckRow]) -> str:
     return "\n".join(lines)
 
 
+def _batch_to_compare(
+    size: ImageSize, batch_size: int, number: int, image: Optional[Tensor]
+) -> Tensor:
+    """(N, 3, H, W): synthetic, or an image with its columns moved round by 0, 1, ... eighths."""
+    if image is None:
+        seeds = range(number * batch_size, (number + 1) * batch_size)
+        return torch.stack([synthetic_image(size, seed) for seed in seeds])
+    eighth = image.shape[-1] // 8
+    images = [image.float().roll(i * eighth, dims=-1) for i in range(batch_size)]
+    return F.interpolate(torch.stack(images), size=size, mode="bilinear", align_corners=False)
+
+
 def _eager_outputs(model: nn.Module, images: Tensor, stage: str) -> Tuple[Tensor, ...]:
     """What a file of this stage must return, by the code that the model itself runs."""
     if stage == "detections":
@@ -161,9 +164,8 @@ def _eager_outputs(model: nn.Module, images: Tensor, stage: str) -> Tuple[Tensor
     predictions, anchors = core.head(feature_list), core.anchor_generator(feature_list)
     if stage == "raw heads":
         return raw_heads_as_tensors(core, predictions, [level.tensor for level in anchors])
-    return join_images(
-        core.selector.candidates(predictions, anchors, batch.image_sizes, core.decode)
-    )
+    inputs = SelectionInputs(predictions, anchors, batch.image_sizes, core.decode)
+    return join_images(core.selector.candidates(inputs))
 
 
 def _compare_features(expected: Sequence[Tensor], found: Sequence[Tensor]) -> Difference:
@@ -234,12 +236,6 @@ def synthetic_image(size: ImageSize, seed: int = 0) -> Tensor:
     return (image[0] * 40 + 128).clamp(0, 255)
 
 
-def resized_and_rolled(image: Tensor, size: ImageSize, shift: int) -> Tensor:
-    """An image in another size; with a shift, its columns are moved round by as many eighths."""
-    image = image.float().roll(shift * (image.shape[-1] // 8), dims=-1)
-    return F.interpolate(image[None], size=size, mode="bilinear", align_corners=False)[0]
-
-
 @torch.no_grad()
 def spread_scores(model: nn.Module, size: ImageSize = (256, 320), std: float = 2.0) -> None:
     """Rescale random weights so that scores spread and there are detections to compare.
@@ -276,10 +272,8 @@ def spread_scores(model: nn.Module, size: ImageSize = (256, 320), std: float = 2
         layer.weight.mul_(factor.view(-1, *[1] * (layer.weight.dim() - 1)))
         return layer(*inputs)
 
-    was_training = model.training
-    model.eval()
     handles = [layer.register_forward_hook(rescale) for layer in targets]
-    model([{"image": synthetic_image(size, seed=100)}])
+    with inference_context(model):
+        model([{"image": synthetic_image(size, seed=100)}])
     for handle in handles:
         handle.remove()
-    model.train(was_training)
