@@ -30,6 +30,7 @@ class BuildWithConfigs(build_py):
 
 
 EXPORT = ["onnx", "onnxscript", "onnxruntime"]
+FAST_EVAL = ["faster-coco-eval"]
 
 setup(
     name="atss",
@@ -55,6 +56,7 @@ setup(
     ],
     extras_require={
         "export": EXPORT,
-        "dev": ["pytest", "pytest-cov", "pytest-xdist", "ruff", *EXPORT],
+        "fast-eval": FAST_EVAL,
+        "dev": ["pytest", "pytest-cov", "pytest-xdist", "ruff", *EXPORT, *FAST_EVAL],
     },
 )

@@ -18,7 +18,6 @@ from atss.data import (
     add_dataset_arguments,
     check_coco_json,
     check_dataset_dicts,
-    coco_evaluator,
     load_dataset_dicts,
     register_coco_json,
     register_from_arguments,
@@ -506,12 +505,6 @@ def test_toy_set_is_known_to_whoever_imports_the_package_and_rendered_when_loade
     assert len(instantiate(cfg.dataloader.test)) == SMALL.num_val
     evaluator = instantiate(cfg.dataloader.evaluator)
     assert evaluator._metadata.json_file.startswith(str(tmp_path))
-
-
-def test_evaluator_asks_for_one_set():
-    for names in ([], ["a", "b"]):
-        with raises_with("one data set", str(names), "dataloader.test.dataset.names"):
-            coco_evaluator(names, ["bbox"])
 
 
 def test_set_without_a_coco_file_is_evaluated_with_one_in_the_output_folder(own):
