@@ -1,13 +1,14 @@
 """What all tests share: seeds, one thread, the golden data and its mapping to our coordinates."""
 
 import contextlib
+import io
 import json
 import logging
 import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Dict, Iterator, Tuple
+from typing import Dict, Iterator, List, Tuple
 
 import numpy as np
 import pytest
@@ -22,8 +23,10 @@ from atss.data.toy_shapes import render_dataset, split_paths
 from atss.detector import build_detector
 from atss.head import ATSSHead
 from atss.losses import DenseLoss
+from atss.predictions import DensePredictions
 from atss.targets import Targets
 
+from detectron2.layers import DeformConv
 from detectron2.structures import Boxes, Instances
 from detectron2.utils.logger import setup_logger
 
@@ -35,6 +38,16 @@ STRIDES = (8, 16, 32, 64, 128)
 # Tools run in subprocesses; two threads each would fight for the cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 torch.set_num_threads(1)
+
+
+try:
+    DeformConv(1, 1, 1)
+    HAS_DEFORM_CONV = True
+except ImportError:
+    HAS_DEFORM_CONV = False
+needs_deform_conv = pytest.mark.skipif(
+    not HAS_DEFORM_CONV, reason="this Detectron2 has no compiled part, so it has no DeformConv"
+)
 
 
 @pytest.fixture(autouse=True)
@@ -81,30 +94,30 @@ def restored_logs():
             logger.propagate, logger.handlers = old[1:]
 
 
-def golden_cases(file: str) -> Iterator[Tuple[Dict, Dict[str, np.ndarray]]]:
-    """Settings and arrays of every case of a golden file."""
+def golden_cases(file: str) -> Iterator[Tuple[Dict, Dict[str, torch.Tensor]]]:
+    """Settings and tensors of every case of a golden file."""
     with np.load(GOLDEN / f"{file}.npz") as archive:
         for case in json.loads(str(archive["cases"])):
             prefix = case["name"] + "/"
             yield (
                 case,
                 {
-                    key[len(prefix) :]: archive[key]
+                    key[len(prefix) :]: torch.from_numpy(archive[key])
                     for key in archive.files
                     if key.startswith(prefix)
                 },
             )
 
 
-def grown(boxes) -> torch.Tensor:
+def grown(boxes: torch.Tensor) -> torch.Tensor:
     """Boxes of inclusive pixels in continuous coordinates: half a pixel larger on each side."""
-    return torch.as_tensor(boxes, dtype=torch.float32) + torch.tensor([-0.5, -0.5, 0.5, 0.5])
+    return boxes.float() + torch.tensor([-0.5, -0.5, 0.5, 0.5])
 
 
-def golden_grid(fields: Dict[str, np.ndarray], grow: bool = True) -> AnchorGrid:
+def golden_grid(fields: Dict[str, torch.Tensor], grow: bool = True) -> AnchorGrid:
     """The grid of a golden case; its cell anchors lie around half a stride instead of 0."""
     cells = [
-        (grown(cell) if grow else torch.as_tensor(cell)) - float(stride) / 2
+        (grown(cell) if grow else cell) - float(stride) / 2
         for cell, stride in zip(fields["cell_anchors"], fields["strides"])
     ]
     sizes = [(int(height), int(width)) for height, width in fields["grid_sizes"]]
@@ -143,26 +156,42 @@ def targets_of_anchors(labels, boxes, num_classes) -> Targets:
     return Targets(assignment, classes, boxes.reshape(-1, 4))
 
 
+def at_anchors(assignment, values: torch.Tensor, fill: float = 0) -> torch.Tensor:
+    """(N, R, ...) values (S, ...) of the positive samples at their anchors, `fill` elsewhere."""
+    shape = (*assignment.matched_idxs.shape, *values.shape[1:])
+    dense = torch.full(shape, fill, dtype=values.dtype)
+    kept = assignment.is_positive
+    dense[assignment.image_idxs[kept], assignment.anchor_idxs[kept]] = values[kept]
+    return dense
+
+
 def labels_of(targets: Targets, num_classes: int) -> torch.Tensor:
     """(N, R) class of each anchor: 0..K-1, K for background, -1 for ignored."""
-    assignment = targets.assignment
-    labels = torch.full_like(assignment.matched_idxs, num_classes)
-    if assignment.is_ignored is not None:
-        labels[assignment.is_ignored] = -1
-    places = assignment.image_idxs, assignment.anchor_idxs
-    is_positive = assignment.is_positive
-    labels[tuple(idxs[is_positive] for idxs in places)] = targets.classes[is_positive]
-    return labels
+    labels = at_anchors(targets.assignment, targets.classes, fill=num_classes)
+    is_ignored = targets.assignment.is_ignored
+    return labels if is_ignored is None else labels.masked_fill(is_ignored, -1)
 
 
 def boxes_of(targets: Targets) -> torch.Tensor:
     """(N, R, 4) box that each positive anchor learns, 0 elsewhere."""
-    assignment = targets.assignment
-    boxes = torch.zeros(*assignment.matched_idxs.shape, 4)
-    places = assignment.image_idxs, assignment.anchor_idxs
-    is_positive = assignment.is_positive
-    boxes[tuple(idxs[is_positive] for idxs in places)] = targets.boxes[is_positive]
-    return boxes
+    return at_anchors(targets.assignment, targets.boxes)
+
+
+def feature_maps(height, width, num_images=1, channels=1, strides=STRIDES) -> List[torch.Tensor]:
+    """Random features of images of the given size."""
+    sizes = [(-(-height // s), -(-width // s)) for s in strides]
+    return [torch.rand(num_images, channels, *size) for size in sizes]
+
+
+def random_predictions(
+    grid_sizes, num_images, num_classes, num_anchors=1, with_quality=True, scale=0.5
+) -> DensePredictions:
+    """Normally distributed maps of all levels."""
+    logits, deltas, quality = (
+        [scale * torch.randn(num_images, num_anchors * depth, *size) for size in grid_sizes]
+        for depth in (num_classes, 4, 1)
+    )
+    return DensePredictions(logits, deltas, quality if with_quality else None, num_anchors)
 
 
 def tiny_detector(**changes):
@@ -200,6 +229,26 @@ def make_input(height=64, width=96, boxes=(), classes=()):
         "height": height,
         "width": width,
     }
+
+
+def shapes_of(model) -> Dict[str, Tuple[int, ...]]:
+    """Names and shapes of all parameters and buffers."""
+    return {name: tuple(value.shape) for name, value in model.state_dict().items()}
+
+
+def assert_every_parameter_learns(model):
+    """Every trainable parameter has a finite gradient."""
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            assert parameter.grad is not None and parameter.grad.isfinite().all(), name
+
+
+def saved_and_loaded(scripted):
+    """A scripted or traced module after a trip through a file."""
+    buffer = io.BytesIO()
+    torch.jit.save(scripted, buffer)
+    buffer.seek(0)
+    return torch.jit.load(buffer)
 
 
 def run_tool(tool, arguments, cwd, ok=True, warnings="ignore"):

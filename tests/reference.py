@@ -8,18 +8,27 @@ from typing import List, Sequence, Tuple
 
 import numpy as np
 
+Box = Sequence[float]
 
-def iou(box: np.ndarray, other: np.ndarray) -> np.float32:
-    """IoU of two boxes xyxy, in float32."""
-    box, other = box.astype(np.float32), other.astype(np.float32)
+
+def area(box: Box) -> float:
+    return (box[2] - box[0]) * (box[3] - box[1])
+
+
+def iou(box: Box, other: Box) -> float:
+    """IoU of two boxes xyxy, in the arithmetic of their numbers."""
     width = min(box[2], other[2]) - max(box[0], other[0])
     height = min(box[3], other[3]) - max(box[1], other[1])
     if width <= 0 or height <= 0:
-        return np.float32(0)
+        return 0.0
     inner = width * height
-    area = (box[2] - box[0]) * (box[3] - box[1])
-    other_area = (other[2] - other[0]) * (other[3] - other[1])
-    return inner / (area + other_area - inner)
+    return inner / (area(box) + area(other) - inner)
+
+
+def ltrb(anchor: Box, box: Box) -> Tuple[float, float, float, float]:
+    """Distances of the anchor's centre to the sides of a box; negative beyond them."""
+    x, y = (anchor[0] + anchor[2]) / 2, (anchor[1] + anchor[3]) / 2
+    return x - box[0], y - box[1], box[2] - x, box[3] - y
 
 
 def atss_assignment(
@@ -73,27 +82,21 @@ def focal_loss(logit: float, is_class: bool, alpha: float = 0.25, gamma: float =
     return -(1 - alpha) * p**gamma * math.log(1 - p)
 
 
-def giou(box: Sequence[float], other: Sequence[float]) -> float:
+def giou(box: Box, other: Box) -> float:
     """Generalised IoU of two boxes xyxy (Rezatofighi et al., Algorithm 1)."""
     width = max(min(box[2], other[2]) - max(box[0], other[0]), 0)
     height = max(min(box[3], other[3]) - max(box[1], other[1]), 0)
     inner = width * height
-    union = (
-        (box[2] - box[0]) * (box[3] - box[1])
-        + (other[2] - other[0]) * (other[3] - other[1])
-        - inner
-    )
+    union = area(box) + area(other) - inner
     hull = (max(box[2], other[2]) - min(box[0], other[0])) * (
         max(box[3], other[3]) - min(box[1], other[1])
     )
     return inner / union - (hull - union) / hull
 
 
-def centerness(anchor: Sequence[float], box: Sequence[float]) -> float:
+def centerness(anchor: Box, box: Box) -> float:
     """FCOS, Eq. 3, with distances clamped at 0."""
-    x, y = (anchor[0] + anchor[2]) / 2, (anchor[1] + anchor[3]) / 2
-    left, top = max(x - box[0], 0), max(y - box[1], 0)
-    right, bottom = max(box[2] - x, 0), max(box[3] - y, 0)
+    left, top, right, bottom = (max(distance, 0) for distance in ltrb(anchor, box))
     if max(left, right) == 0 or max(top, bottom) == 0:
         return 0.0
     return math.sqrt(min(left, right) / max(left, right) * min(top, bottom) / max(top, bottom))

@@ -5,18 +5,16 @@ that ties and boundaries are met often and areas are exact; quotients are rounde
 float32 implementation rounds them.
 """
 
-import json
 import math
-from pathlib import Path
-from typing import Dict, Iterator, List, NamedTuple, Sequence, Tuple
+from typing import List, NamedTuple, Sequence, Tuple
 
 import numpy as np
 import torch
+from reference import area, iou, ltrb
 
 from detectron2.structures import Boxes
 
 Box = Tuple[float, float, float, float]
-GOLDEN = Path(__file__).parent / "golden"
 
 
 class Layout(NamedTuple):
@@ -71,31 +69,13 @@ def to_boxes(boxes: Sequence[Box]) -> Boxes:
     return Boxes(torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4))
 
 
-def area(box: Box) -> float:
-    return (box[2] - box[0]) * (box[3] - box[1])
-
-
-def iou(box: Box, other: Box) -> float:
-    width = min(box[2], other[2]) - max(box[0], other[0])
-    height = min(box[3], other[3]) - max(box[1], other[1])
-    if width <= 0 or height <= 0:
-        return 0.0
-    inner = width * height
-    return float(np.float32(inner / (area(box) + area(other) - inner)))
-
-
-def ltrb(anchor: Box, box: Box) -> Box:
-    x, y = (anchor[0] + anchor[2]) / 2, (anchor[1] + anchor[3]) / 2
-    return x - box[0], y - box[1], box[2] - x, box[3] - y
-
-
 def iou_rule(layout: Layout, low, high, allow_low_quality, center_in_gt, margin):
     """RetinaNet: per image, the object of each anchor, -1 for background and -2 for ignored."""
     anchors = [anchor for anchor, _, _ in layout.anchors()]
     low, high = np.float32(low), np.float32(high)
     result = []
     for boxes in layout.images:
-        table = [[iou(box, anchor) for box in boxes] for anchor in anchors]
+        table = [[np.float32(iou(box, anchor)) for box in boxes] for anchor in anchors]
         best = [max(row[g] for row in table) for g in range(len(boxes))]
         assigned = []
         for anchor, row in zip(anchors, table):
@@ -158,31 +138,6 @@ def topk_rule(layout: Layout, topk, margin):
                     owner[r] = (float(ious[r]), g)
         result.append([g for _, g in owner])
     return result
-
-
-def golden_cases(name: str) -> Iterator[Tuple[Dict, Dict[str, np.ndarray]]]:
-    """Settings and arrays of each case of a golden file."""
-    arrays = np.load(GOLDEN / f"{name}.npz")
-    for case in json.loads(str(arrays["cases"])):
-        prefix = case["name"] + "/"
-        yield case, {k[len(prefix) :]: arrays[k] for k in arrays.files if k.startswith(prefix)}
-
-
-def golden_anchors(fields: Dict[str, np.ndarray], grow: float) -> List[Boxes]:
-    """Anchors of a golden case, each side moved out by `grow` pixels."""
-    levels = []
-    for (height, width), stride, cell in zip(
-        fields["grid_sizes"], fields["strides"], fields["cell_anchors"]
-    ):
-        y, x = np.mgrid[:height, :width] * int(stride)
-        shift = np.stack([x.ravel(), y.ravel(), x.ravel(), y.ravel()], 1).astype(np.float32)
-        boxes = (shift[:, None] + cell[None]).reshape(-1, 4)
-        levels.append(Boxes(torch.from_numpy(boxes + grow * np.float32([-1, -1, 1, 1]))))
-    return levels
-
-
-def grown_boxes(fields: Dict[str, np.ndarray], grow: float) -> Boxes:
-    return Boxes(torch.from_numpy(fields["gt_boxes"] + grow * np.float32([-1, -1, 1, 1])))
 
 
 def object_of_each_anchor(assignment) -> List[List[int]]:

@@ -9,8 +9,8 @@ from typing import Dict, List, NamedTuple, Optional, Sequence
 
 import numpy as np
 import torch
-from reference import binary_cross_entropy, centerness, focal_loss, giou
-from reference_assigners import Box, Layout, area, ltrb
+from reference import binary_cross_entropy, centerness, focal_loss, giou, iou, ltrb
+from reference_assigners import Box, Layout
 
 
 class SimOTAResult(NamedTuple):
@@ -25,15 +25,6 @@ class SimOTAResult(NamedTuple):
     objects: List[List[int]]
     targets: List[List[float]]
     gap: float
-
-
-def iou(box: Sequence[float], other: Sequence[float]) -> float:
-    """IoU in float64."""
-    width = max(min(box[2], other[2]) - max(box[0], other[0]), 0)
-    height = max(min(box[3], other[3]) - max(box[1], other[1]), 0)
-    inner = width * height
-    union = area(box) + area(other) - inner
-    return inner / union if union > 0 else 0.0
 
 
 def sigmoid(logit: float) -> float:
@@ -111,10 +102,19 @@ def near_anchors(anchors: Sequence, box: Box, radius: float) -> List[int]:
     return found
 
 
-def soft_class_loss(logits: torch.Tensor, targets: torch.Tensor, beta: float) -> torch.Tensor:
-    """Quality focal loss of every logit (GFL, Eq. 2), for autograd: |y - p|^beta BCE(p, y)."""
+def soft_class_loss(
+    logits: torch.Tensor, targets: torch.Tensor, gamma: float, alpha: Optional[float] = None
+) -> torch.Tensor:
+    """Class loss of every logit, for autograd: quality focal loss (GFL, Eq. 2) without `alpha`.
+
+    With it focal loss (Lin et al., Eq. 5), mixed linearly between the cases y = 0 and y = 1.
+    """
+    p = logits.sigmoid()
     bce = torch.nn.functional.binary_cross_entropy_with_logits(logits, targets, reduction="none")
-    return (targets - logits.sigmoid()).abs() ** beta * bce
+    if alpha is None:
+        return (targets - p).abs() ** gamma * bce
+    weight = alpha * targets + (1 - alpha) * (1 - targets)
+    return weight * (targets * (1 - p) + (1 - targets) * p) ** gamma * bce
 
 
 def dense_losses(

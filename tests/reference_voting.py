@@ -2,16 +2,7 @@
 
 from typing import List, Sequence, Tuple
 
-Box = Sequence[float]
-
-
-def iou(a: Box, b: Box) -> float:
-    width = min(a[2], b[2]) - max(a[0], b[0])
-    height = min(a[3], b[3]) - max(a[1], b[1])
-    if width <= 0 or height <= 0:
-        return 0.0
-    union = (a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - width * height
-    return width * height / union
+from reference import Box, iou
 
 
 def group_boxes(boxes: Sequence[Box], scores: Sequence[float], thresh: float) -> List[List[int]]:

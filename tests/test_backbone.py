@@ -1,18 +1,20 @@
 """Backbones: deformable blocks compared with Detectron2's, pyramid levels, training and tracing."""
 
-import io
-
 import pytest
 import torch
 from atss.backbone import DeformBottleneckBlock, resnet_fpn
 from atss.head import ATSSHead
 from atss.layers import DeformConv2d
 from atss.model_zoo import get_config
-from atss.training import load_yaml_config
-from conftest import REPO, make_input
+from conftest import (
+    assert_every_parameter_learns,
+    make_input,
+    needs_deform_conv,
+    saved_and_loaded,
+    shapes_of,
+)
 
 from detectron2.config import instantiate
-from detectron2.modeling import build_backbone
 from detectron2.modeling.backbone import resnet
 
 THIN = dict(
@@ -22,23 +24,17 @@ THIN = dict(
 OPTIONS = dict(bottleneck_channels=8, stride=2, norm="BN", num_groups=2)
 
 
+@needs_deform_conv
 @pytest.mark.parametrize("modulated, groups", [(True, 1), (False, 2)])
 def test_block_has_the_parameters_of_detectron2s(modulated, groups):
     options = dict(deform_modulated=modulated, deform_num_groups=groups, **OPTIONS)
-    try:
-        theirs = resnet.DeformBottleneckBlock(16, 32, **options)
-    except ImportError:
-        pytest.skip("this Detectron2 has no compiled part, so it has no deformable block")
-    ours = DeformBottleneckBlock(16, 32, **options)
-    shapes = [{k: tuple(v.shape) for k, v in m.state_dict().items()} for m in (ours, theirs)]
-    assert shapes[0] == shapes[1]
+    theirs = resnet.DeformBottleneckBlock(16, 32, **options)
+    assert shapes_of(DeformBottleneckBlock(16, 32, **options)) == shapes_of(theirs)
 
 
+@needs_deform_conv
 def test_block_computes_what_detectron2s_computes_from_its_weights():
-    try:
-        theirs = resnet.DeformBottleneckBlock(16, 32, deform_modulated=False, **OPTIONS).eval()
-    except ImportError:
-        pytest.skip("this Detectron2 has no compiled part, so it has no deformable block")
+    theirs = resnet.DeformBottleneckBlock(16, 32, deform_modulated=False, **OPTIONS).eval()
     torch.nn.init.normal_(theirs.conv2_offset.weight)
     ours = DeformBottleneckBlock(16, 32, deform_modulated=False, **OPTIONS).eval()
     ours.load_state_dict(theirs.state_dict())
@@ -78,11 +74,9 @@ def test_traced_deformable_model_saves_loads_and_agrees_on_another_size():
         features = list(model[0](image).values())
         return tuple(model[1](features).all_maps)
 
-    buffer = io.BytesIO()
-    torch.jit.save(torch.jit.trace(predict, torch.randn(1, 3, 96, 128)), buffer)
-    buffer.seek(0)
+    loaded = saved_and_loaded(torch.jit.trace(predict, torch.randn(1, 3, 96, 128)))
     image = torch.randn(2, 3, 160, 96)
-    torch.testing.assert_close(torch.jit.load(buffer)(image), predict(image))
+    torch.testing.assert_close(loaded(image), predict(image))
 
 
 def test_p2_comes_with_res2_and_leaves_the_other_levels_alone():
@@ -113,19 +107,7 @@ def test_levels_above_p5_are_made_as_asked_and_all_of_them_learn(num_top_levels,
     features = backbone(torch.rand(1, 3, 64, 64))
     assert list(features) == list(backbone.output_shape()) == names.split()
     sum(x.sum() for x in features.values()).backward()
-    assert all(parameter.grad is not None for parameter in backbone.parameters())
-
-
-def test_yaml_dcn_backbone_has_the_parameters_of_its_python_twin():
-    name = "atss_dcnv2_R_50_FPN_1x"
-    cfg = load_yaml_config(str(REPO / "configs" / "coco" / f"{name}.yaml"))
-    lazy = instantiate(get_config(name).model.backbone)
-    shapes = [
-        {k: tuple(v.shape) for k, v in m.state_dict().items()} for m in (build_backbone(cfg), lazy)
-    ]
-    assert shapes[0] == shapes[1]
-    assert shapes[0]["bottom_up.res3.0.conv2_offset.weight"] == (27, 128, 3, 3)
-    assert "bottom_up.res2.0.conv2_offset.weight" not in shapes[0]
+    assert_every_parameter_learns(backbone)
 
 
 def test_dcn_toy_learns_two_images_on_the_cpu():

@@ -14,7 +14,7 @@ WEIGHTS = (10.0, 10.0, 5.0, 5.0)
     "case, fields", golden_cases("box_coding"), ids=lambda v: v.get("name", "")
 )
 def test_codes_are_those_of_the_authors_release(case, fields):
-    anchors, gt_boxes = torch.as_tensor(fields["anchors"]), torch.as_tensor(fields["gt_boxes"])
+    anchors, gt_boxes = fields["anchors"], fields["gt_boxes"]
     if case["regression_type"] == "BOX":
         transform, anchors, gt_boxes = Box2BoxTransform(WEIGHTS), grown(anchors), grown(gt_boxes)
         to_legacy = torch.tensor([0.5, 0.5, -0.5, -0.5])  # what `grown` added
@@ -22,12 +22,12 @@ def test_codes_are_those_of_the_authors_release(case, fields):
         # Points measure the boxes as they are; only the anchors' size counts the last pixel.
         transform = PointToBoxTransform(case["anchor_size0"] / case["stride0"])
         anchors, to_legacy = grown(anchors), torch.zeros(4)
-    expected = torch.as_tensor(fields["encoded"])
+    expected = fields["encoded"]
     torch.testing.assert_close(
         transform.get_deltas(anchors, gt_boxes), expected, rtol=1e-5, atol=1e-4
     )
     for deltas, boxes in (("encoded", "decoded_encoded"), ("deltas", "decoded_deltas")):
-        free = torch.as_tensor(fields[deltas])
+        free = fields[deltas]
         if case["regression_type"] == "POINT" and (free < 0).any():
             # The release has its ReLU in the head; ours is in the transform.
             keep = (free >= 0).all(dim=1)
@@ -35,9 +35,7 @@ def test_codes_are_those_of_the_authors_release(case, fields):
         else:
             keep = torch.ones(len(free), dtype=torch.bool)
         found = transform.apply_deltas(free, anchors) + to_legacy
-        torch.testing.assert_close(
-            found[keep], torch.as_tensor(fields[boxes])[keep], rtol=1e-6, atol=1e-3
-        )
+        torch.testing.assert_close(found[keep], fields[boxes][keep], rtol=1e-6, atol=1e-3)
 
 
 @pytest.mark.parametrize("transform", [Box2BoxTransform(WEIGHTS), PointToBoxTransform(8.0)])

@@ -4,28 +4,28 @@ import itertools
 
 import pytest
 import torch
-from atss import ATSS, ATSS_HEAD_REGISTRY, ATSSDetector, ATSSHead, add_atss_config
+from atss import ATSS, ATSS_HEAD_REGISTRY, ATSSDetector, ATSSHead
 from atss.anchors import GridAnchorGenerator, octave_sizes
 from atss.assigners import ATSSAssigner, IoUAssigner, SimOTAAssigner
 from atss.backbone import resnet_fpn
 from atss.box_regression import Box2BoxTransform, PointToBoxTransform
-from atss.losses import DenseLoss
 from atss.targets import centerness_targets, label_anchors
-from conftest import STRIDES, boxes_of, labels_of, make_input, make_instances, tiny_detector
+from atss.training import load_yaml_config
+from conftest import (
+    REPO,
+    STRIDES,
+    assert_every_parameter_learns,
+    boxes_of,
+    labels_of,
+    make_input,
+    make_instances,
+    tiny_detector,
+)
 
-from detectron2.config import get_cfg
 from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
 
 BOXES = [[8.0, 8, 40, 48], [50, 10, 90, 40]]
-
-
-def gradients_are_finite(model):
-    return all(
-        p.grad is not None and p.grad.isfinite().all()
-        for p in model.parameters()
-        if p.requires_grad
-    )
 
 
 @pytest.mark.parametrize("batch", ["objects", "one image empty", "all images empty"])
@@ -39,7 +39,7 @@ def test_every_trainable_parameter_gets_a_finite_gradient_from_every_batch(batch
     assert set(losses) == {"loss_cls", "loss_box_reg", "loss_centerness"}
     assert all(value.isfinite() for value in losses.values())
     sum(losses.values()).backward()
-    assert gradients_are_finite(model)
+    assert_every_parameter_learns(model)
 
 
 @pytest.mark.parametrize(
@@ -58,7 +58,7 @@ def test_improvements_are_independent_switches(
     assert ("loss_centerness" in losses) == with_centerness
     assert all(value.isfinite() for value in losses.values())
     sum(losses.values()).backward()
-    assert gradients_are_finite(model)
+    assert_every_parameter_learns(model)
 
 
 def test_losses_of_a_batch_are_those_of_its_images_summed_by_hand():
@@ -85,19 +85,6 @@ def test_losses_of_a_batch_are_those_of_its_images_summed_by_hand():
         assert together[name].item() == pytest.approx(expected, rel=1e-4), name
 
 
-def test_detections_of_a_batch_are_those_of_its_images():
-    model = tiny_detector().eval()
-    torch.nn.init.normal_(model.proposal_generator.head.cls_logits.weight, std=0.5)
-    batch = [make_input(64, 96), make_input(64, 96)]
-    with torch.no_grad():
-        together = model(batch)
-        for found, inputs in zip(together, batch):
-            (alone,) = model([inputs])
-            ours, theirs = found["instances"], alone["instances"]
-            assert len(ours) == len(theirs) > 0
-            torch.testing.assert_close(ours.pred_boxes.tensor, theirs.pred_boxes.tensor)
-
-
 def test_detections_come_in_the_size_that_was_asked_for():
     model = tiny_detector().eval()
     torch.nn.init.normal_(model.proposal_generator.head.cls_logits.weight, std=0.5)
@@ -109,18 +96,18 @@ def test_detections_come_in_the_size_that_was_asked_for():
     torch.testing.assert_close(doubled.pred_boxes.tensor, 2 * plain.pred_boxes.tensor)
 
 
-def test_two_images_overfit_in_fifty_steps():
+def test_two_images_overfit_in_25_steps():
     model = tiny_detector()
     batch = [make_input(boxes=BOXES, classes=[0, 2]), make_input(boxes=BOXES[1:], classes=[1])]
     optimizer = torch.optim.Adam(model.parameters(), 2e-3)
     totals = []
-    for _ in range(50):
+    for _ in range(25):
         total = sum(model(batch).values())
         optimizer.zero_grad()
         total.backward()
         optimizer.step()
         totals.append(total.item())
-    assert sum(totals[-5:]) < 0.6 * sum(totals[:5])
+    assert sum(totals[-5:]) < 0.5 * sum(totals[:5])
 
 
 @pytest.mark.parametrize("assigner", [ATSSAssigner(), SimOTAAssigner()], ids=["atss", "simota"])
@@ -176,7 +163,7 @@ def test_smooth_l1_of_truth_without_area_is_finite(assigner):
     losses = model([make_input(boxes=[[8.0, 8, 40, 8], [50, 10, 50, 40]], classes=[0, 2])])
     assert losses["loss_box_reg"].isfinite() and losses["loss_box_reg"] > 0
     sum(losses.values()).backward()
-    assert gradients_are_finite(model)
+    assert_every_parameter_learns(model)
 
 
 @pytest.mark.parametrize("assigner", [ATSSAssigner(), SimOTAAssigner()], ids=["atss", "simota"])
@@ -217,7 +204,7 @@ def test_pyramid_from_p2_to_p6_trains_all_its_weights_or_is_refused(num_top_leve
         return
     model = tiny_detector(backbone=backbone, **P2_TO_P6)
     sum(model([make_input(boxes=BOXES, classes=[0, 2])]).values()).backward()
-    assert gradients_are_finite(model)
+    assert_every_parameter_learns(model)
 
 
 def test_yaml_makes_the_levels_that_its_detector_looks_at():
@@ -228,7 +215,7 @@ def test_yaml_makes_the_levels_that_its_detector_looks_at():
     cfg.MODEL.RESNETS.NORM = "GN"
     model = build_model(cfg)
     sum(model([make_input(boxes=BOXES, classes=[0, 2])]).values()).backward()
-    assert gradients_are_finite(model)
+    assert_every_parameter_learns(model)
 
 
 def test_training_without_ground_truth_is_named():
@@ -246,20 +233,9 @@ def test_strides_that_do_not_fit_the_features_are_named():
         tiny_detector(anchor_generator=wrong)([make_input(128, 160, BOXES, [0, 1])])
 
 
-def test_missing_feature_is_named_with_those_there_are():
-    model = tiny_detector(in_features=["p3", "p4", "p5", "p6", "p8"])
-    with pytest.raises(ValueError, match=r"p8'\], but the backbone gives \['p3'"):
-        model([make_input()])
-
-
-def test_point_regression_from_several_anchors_says_what_to_change():
-    nine = GridAnchorGenerator(
-        sizes=octave_sizes(STRIDES, 4, 3), aspect_ratios=[0.5, 1.0, 2.0], strides=list(STRIDES)
-    )
-    with pytest.raises(ValueError, match="num_anchors=9.*anchor_generator one size and one ratio"):
-        tiny_detector(
-            anchor_generator=nine, head=dict(num_anchors=9), box2box_transform=PointToBoxTransform()
-        )
+NINE_ANCHORS = GridAnchorGenerator(
+    sizes=octave_sizes(STRIDES, 4, 3), aspect_ratios=[0.5, 1.0, 2.0], strides=list(STRIDES)
+)
 
 
 @pytest.mark.parametrize(
@@ -269,11 +245,39 @@ def test_point_regression_from_several_anchors_says_what_to_change():
         ({"head": dict(num_classes=4)}, "head.num_classes is 4, but needs 3"),
         ({"head": dict(num_levels=4)}, "head.num_levels is 4, but needs 5"),
         ({"loss": dict(quality=None)}, "predicts centerness, but model.loss.quality is None"),
+        ({"pixel_std": [1.0]}, "3 channels, pixel_std 1"),
+        (
+            {"box2box_transform": PointToBoxTransform(), "anchor_generator": NINE_ANCHORS,
+             "head": dict(num_anchors=9)},
+            "num_anchors=9.*anchor_generator one size and one ratio",
+        ),
+        (
+            {"box2box_transform": PointToBoxTransform(5.0), "head": dict(bbox_bias=4.0)},
+            "anchor_scale is 5.*8 strides large.*ANCHOR_SCALE",
+        ),
+        # Distances of points that would start without a gradient.
+        ({"box2box_transform": PointToBoxTransform()}, "bbox_bias is 0.0.*HEAD.BBOX_BIAS. 4"),
+        (
+            {"box2box_transform": PointToBoxTransform(), "head": dict(bbox_bias=-1.0)},
+            "bbox_bias is -1.0.*HEAD.BBOX_BIAS. 4",
+        ),
+        (
+            {"loss": dict(box2box_transform=Box2BoxTransform((1.0, 1.0, 1.0, 1.0)))},
+            r"The loss has a .*'\$\{..box2box_transform",
+        ),
+        (
+            {"loss": dict(box2box_transform=PointToBoxTransform())},
+            r"The loss has a .*'\$\{..box2box_transform",
+        ),
     ],
-)
+)  # fmt: skip
 def test_parts_that_do_not_fit_each_other_are_named(changes, words):
     with pytest.raises(ValueError, match=words):
         tiny_detector(**changes)
+
+
+def test_loss_with_an_equal_transform_is_taken():
+    tiny_detector(loss=dict(box2box_transform=Box2BoxTransform((10.0, 10.0, 5.0, 5.0))))
 
 
 def test_anchor_generator_without_a_lattice_is_refused():
@@ -283,20 +287,16 @@ def test_anchor_generator_without_a_lattice_is_refused():
         build_model(cfg)
 
 
-def test_a_head_of_your_own_needs_no_other_key_than_its_name():
+def test_a_head_of_your_own_needs_no_other_key_than_its_name(monkeypatch):
     class Bare(ATSSHead):
         def __init__(self, in_channels, num_classes, num_anchors):
             super().__init__(in_channels, num_classes, num_anchors)
 
+    monkeypatch.setattr(ATSS_HEAD_REGISTRY, "_obj_map", dict(ATSS_HEAD_REGISTRY._obj_map))
     ATSS_HEAD_REGISTRY.register(Bare)
-    cfg = tiny_yaml()
+    cfg = load_yaml_config(str(REPO / "configs/Base-ATSS.yaml"), ["MODEL.DEVICE", "cpu"])
     cfg.MODEL.ATSS.HEAD.NAME = "Bare"
     assert type(build_model(cfg).proposal_generator.head) is Bare
-
-
-def test_means_and_deviations_need_as_many_channels():
-    with pytest.raises(ValueError, match="3 channels, pixel_std 1"):
-        tiny_detector(pixel_std=[1.0])
 
 
 def test_statistics_are_logged_when_asked_for():
@@ -325,20 +325,7 @@ def test_training_is_drawn_into_the_storage_and_changes_nothing_when_asked_for()
 
 
 def tiny_yaml():
-    cfg = get_cfg()
-    add_atss_config(cfg)
-    cfg.MODEL.META_ARCHITECTURE = "ATSSDetector"
-    cfg.MODEL.BACKBONE.NAME = "build_atss_resnet_fpn_backbone"
-    cfg.MODEL.RESNETS.DEPTH = 18
-    cfg.MODEL.RESNETS.RES2_OUT_CHANNELS = 32
-    cfg.MODEL.RESNETS.STEM_OUT_CHANNELS = 32
-    cfg.MODEL.FPN.OUT_CHANNELS = 64
-    cfg.MODEL.ANCHOR_GENERATOR.NAME = "GridAnchorGenerator"
-    cfg.MODEL.ANCHOR_GENERATOR.SIZES = [[64], [128], [256], [512], [1024]]
-    cfg.MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS = [[1.0]]
-    cfg.MODEL.ATSS.NUM_CLASSES = 3
-    cfg.MODEL.DEVICE = "cpu"
-    return cfg
+    return load_yaml_config(str(REPO / "configs/toy/atss_toy.yaml"), ["MODEL.DEVICE", "cpu"])
 
 
 def test_yaml_builds_registered_parts_with_its_values():
@@ -377,33 +364,3 @@ def test_yaml_values_that_mean_nothing_are_named(key, value, words):
     node[last] = value
     with pytest.raises(ValueError, match=words):
         build_model(cfg)
-
-
-def test_loss_and_detector_may_share_a_transform_of_any_axis():
-    for transform in (Box2BoxTransform((10.0, 10.0, 5.0, 5.0)), PointToBoxTransform()):
-        model = tiny_detector(box2box_transform=transform, head=dict(bbox_bias=4.0))
-        assert isinstance(model.proposal_generator.loss, DenseLoss)
-        losses = model([make_input(boxes=BOXES, classes=[0, 2])])
-        assert losses["loss_box_reg"] > 0
-
-
-def test_points_and_anchors_of_different_scale_are_refused():
-    transform = PointToBoxTransform(anchor_scale=5.0)
-    with pytest.raises(ValueError, match="anchor_scale is 5.*8 strides large.*ANCHOR_SCALE"):
-        tiny_detector(box2box_transform=transform, head=dict(bbox_bias=4.0))
-
-
-@pytest.mark.parametrize("bias", [0.0, -1.0])
-def test_points_whose_distances_would_start_without_a_gradient_are_refused(bias):
-    with pytest.raises(ValueError, match=f"bbox_bias is {bias}.*HEAD.BBOX_BIAS. 4"):
-        tiny_detector(box2box_transform=PointToBoxTransform(), head=dict(bbox_bias=bias))
-
-
-@pytest.mark.parametrize("other", [Box2BoxTransform((1.0, 1.0, 1.0, 1.0)), PointToBoxTransform()])
-def test_loss_with_another_transform_than_the_detector_is_refused(other):
-    with pytest.raises(ValueError, match=r"The loss has a .*'\$\{..box2box_transform"):
-        tiny_detector(loss=dict(box2box_transform=other))
-
-
-def test_loss_with_an_equal_transform_is_taken():
-    tiny_detector(loss=dict(box2box_transform=Box2BoxTransform((10.0, 10.0, 5.0, 5.0))))

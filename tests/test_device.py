@@ -41,12 +41,8 @@ def test_tensor_on_its_device_is_not_copied():
 
 
 def test_constants_do_not_depend_on_the_default_device():
-    previous = torch.get_default_device() if hasattr(torch, "get_default_device") else "cpu"
-    torch.set_default_device("meta")
-    try:
+    with torch.device("meta"):
         constant = host_constant([[1, 2], [3, 4]], torch.device("cpu"))
-    finally:
-        torch.set_default_device(previous)
     assert constant.tolist() == [[1, 2], [3, 4]] and constant.dtype == torch.int64
 
 

@@ -16,7 +16,7 @@ from atss import (
 )
 from atss.trainer import Trainer
 from atss.training import load_lazy_config, load_yaml_config
-from conftest import REPO, make_input, tiny_detector
+from conftest import REPO, assert_every_parameter_learns, make_input, tiny_detector
 from pages import fenced_blocks
 from torch import nn
 
@@ -94,9 +94,7 @@ def train_and_detect(model):
     losses = model.train()([make_input(boxes=BOXES, classes=[0, 2]), make_input()])
     assert all(value.isfinite() and value > 0 for value in losses.values())
     sum(losses.values()).backward()
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            assert parameter.grad is not None and parameter.grad.isfinite().all(), name
+    assert_every_parameter_learns(model)
     nn.init.normal_(model.proposal_generator.head.cls_logits.weight, std=0.5)
     with torch.no_grad():
         found = model.eval()([make_input()])[0]["instances"]

@@ -15,7 +15,7 @@ def golden_head(case, fields):
         case["in_channels"], case["num_classes"], case["anchors_per_location"],
         num_convs=case["num_convs"],
     )  # fmt: skip
-    weights = {k[len("param:") :]: torch.as_tensor(v) for k, v in fields.items() if ":" in k}
+    weights = {k[len("param:") :]: v for k, v in fields.items() if ":" in k}
     head.load_state_dict(weights)  # the names are the same
     return head
 
@@ -24,7 +24,7 @@ def golden_head(case, fields):
 def test_head_gives_the_outputs_of_the_authors_release(case, fields):
     head = golden_head(case, fields)
     with torch.no_grad():
-        found = head([torch.as_tensor(fields[f"feat{i}"]) for i in range(5)])
+        found = head([fields[f"feat{i}"] for i in range(5)])
     is_point = case["options"].get("REGRESSION_TYPE") == "POINT"
     for i in range(5):
         deltas = found.deltas[i].relu() if is_point else found.deltas[i]  # see the next test
@@ -33,7 +33,7 @@ def test_head_gives_the_outputs_of_the_authors_release(case, fields):
             (deltas, "reg"),
             (found.quality[i], "ctr"),
         ):
-            expected = torch.as_tensor(fields[f"{name}{i}"])
+            expected = fields[f"{name}{i}"]
             torch.testing.assert_close(tensor, expected, rtol=1e-4, atol=1e-5)
 
 

@@ -1,7 +1,5 @@
 """Deformable layers: results, gradients, low precision, graphs, and messages about bad inputs."""
 
-import io
-
 import pytest
 import torch
 from atss import layers
@@ -13,6 +11,7 @@ from atss.layers import (
     split_offsets,
     swap_deform_convs,
 )
+from conftest import needs_deform_conv, saved_and_loaded
 from reference_deform_conv import naive_deform_conv
 from torch import nn
 from torch.nn import functional as F
@@ -97,23 +96,19 @@ def test_first_of_two_offset_channels_moves_down_and_the_second_right():
     assert layer(x, offset)[0, 0, 0, 0] == 1
 
 
+@needs_deform_conv
 def test_forward_is_detectron2s_on_the_cpu_with_its_weights():
-    try:
-        theirs = DeformConv(4, 8, 3, stride=2, padding=1, groups=2, norm=nn.GroupNorm(2, 8))
-    except ImportError:
-        pytest.skip("this Detectron2 has no compiled part, so it has no DeformConv")
+    theirs = DeformConv(4, 8, 3, stride=2, padding=1, groups=2, norm=nn.GroupNorm(2, 8))
     ours = DeformConv2d(4, 8, 3, stride=2, padding=1, groups=2, norm=nn.GroupNorm(2, 8))
     ours.load_state_dict(theirs.state_dict())
     x, offset, _ = make_inputs(ours)
     torch.testing.assert_close(ours(x, offset), theirs(x, offset))
 
 
+@needs_deform_conv
 def test_swap_keeps_names_parameters_and_output_and_makes_cpu_training_possible():
-    try:
-        model = nn.Sequential(nn.Conv2d(4, 4, 1), DeformConv(4, 8, 3, padding=1, activation=F.relu))
-        modulated = nn.ModuleDict({"conv": ModulatedDeformConv(4, 8, 3, padding=1)})
-    except ImportError:
-        pytest.skip("this Detectron2 has no compiled part, so it has no DeformConv")
+    model = nn.Sequential(nn.Conv2d(4, 4, 1), DeformConv(4, 8, 3, padding=1, activation=F.relu))
+    modulated = nn.ModuleDict({"conv": ModulatedDeformConv(4, 8, 3, padding=1)})
     parameters = dict(model.named_parameters())
     x, offset, mask = make_inputs(make_layer(WINDOWS[0]))
     expected = model[1](x, offset)
@@ -163,11 +158,8 @@ def test_empty_batch_gives_an_empty_result_of_the_right_shape():
 def test_scripted_layer_saves_loads_and_agrees():
     layer = PackedDeformConv2d(4, 8, 3, padding=1, norm=nn.BatchNorm2d(8), activation=F.relu).eval()
     nn.init.normal_(layer.conv_offset.weight)
-    buffer = io.BytesIO()
-    torch.jit.save(torch.jit.script(layer), buffer)
-    buffer.seek(0)
     x = torch.randn(2, 4, 6, 5)
-    torch.testing.assert_close(torch.jit.load(buffer)(x), layer(x))
+    torch.testing.assert_close(saved_and_loaded(torch.jit.script(layer))(x), layer(x))
     plain = make_layer(WINDOWS[0])
     inputs = make_inputs(plain, modulated=False)
     torch.testing.assert_close(torch.jit.script(plain)(*inputs), plain(*inputs))
@@ -177,12 +169,8 @@ def test_traced_deformable_head_saves_loads_and_agrees_on_another_size():
     head = ATSSHead(32, num_classes=3, num_levels=1, num_convs=2, deformable=True).eval()
     head.requires_grad_(False)
     traced = torch.jit.trace(lambda x: tuple(head([x]).all_maps), torch.randn(1, 32, 6, 5))
-    buffer = io.BytesIO()
-    torch.jit.save(traced, buffer)
-    buffer.seek(0)
     x = torch.randn(2, 32, 4, 9)
-    for ours, theirs in zip(head([x]).all_maps, torch.jit.load(buffer)(x)):
-        torch.testing.assert_close(theirs, ours)
+    torch.testing.assert_close(saved_and_loaded(traced)(x), tuple(head([x]).all_maps))
 
 
 def test_exported_layer_agrees_on_another_size():
@@ -253,7 +241,8 @@ def test_types_and_devices_that_do_not_fit_are_refused_with_both():
         layer(x, offset.to("meta"), mask)
 
 
-def test_kernel_switch_refuses_unknown_names_and_a_missing_compiled_part():
+def test_kernel_switch_refuses_unknown_names_and_a_missing_compiled_part(monkeypatch):
+    monkeypatch.setattr(layers, "_kernel", "torchvision")
     with pytest.raises(ValueError, match=r"\['torchvision', 'detectron2'\], got 'cudnn'"):
         set_deform_kernel("cudnn")
     try:
@@ -261,16 +250,14 @@ def test_kernel_switch_refuses_unknown_names_and_a_missing_compiled_part():
     except ImportError:
         with pytest.raises(ImportError, match="detectron2._C"):
             set_deform_kernel("detectron2")
-    else:
-        layer = make_layer(WINDOWS[0])
-        inputs = make_inputs(layer)
-        expected = layer(*inputs)
-        set_deform_kernel("detectron2")
-        try:
-            torch.testing.assert_close(layer(*inputs), expected)  # no effect on the CPU
-        finally:
-            set_deform_kernel("torchvision")
-    assert layers._kernel == "torchvision"
+        assert layers._kernel == "torchvision"
+        return
+    layer = make_layer(WINDOWS[0])
+    inputs = make_inputs(layer)
+    expected = layer(*inputs)
+    set_deform_kernel("detectron2")
+    torch.testing.assert_close(layer(*inputs), expected)  # no effect on the CPU
+    assert layers._kernel == "detectron2"
 
 
 @pytest.mark.parametrize("modulated", [True, False])

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from atss import ATSS, ATSSDetector
+from atss import ATSS
 from atss.model_zoo import get_config
 from atss.postprocessing import DetectionSelector
 from atss.trainer import Trainer
 from atss.training import load_yaml_config
-from conftest import REPO, make_input
+from conftest import REPO, assert_every_parameter_learns, make_input, shapes_of
 
 from detectron2.config import instantiate
 from detectron2.data import DatasetCatalog
@@ -87,8 +87,7 @@ def test_training_step_has_the_losses_of_both_stages_and_gradients_reach_both(ki
     first, second = model.proposal_generator.head, model.roi_heads
     assert first.cls_logits.weight.grad.abs().sum() > 0
     assert first.bbox_pred.weight.grad.abs().sum() > 0
-    for name, parameter in second.named_parameters():
-        assert parameter.grad is not None and torch.isfinite(parameter.grad).all(), name
+    assert_every_parameter_learns(second)
     assert max(p.grad.abs().max() for p in second.parameters()) > 0
     for stage in ("fpn_output2", "fpn_output3"):  # for the second stage only, for both
         assert getattr(model.backbone, stage).weight.grad.abs().sum() > 0
@@ -129,16 +128,18 @@ def test_mask_head_on_data_without_outlines_is_refused_before_training(source):
         DatasetCatalog.remove("boxes only")
 
 
-def test_losses_of_the_first_stage_are_those_of_a_one_class_detector():
-    model = make_model("faster", "lazy").train()
-    core = model.proposal_generator
-    images = model.preprocess_image(inputs_of("faster"))
-    instances = [x["instances"] for x in inputs_of("faster")]
+def first_stage(model, inputs):
+    """Proposals and losses."""
+    images = model.preprocess_image(inputs)
     features = model.backbone(images.tensor)
-    proposals, losses = core(images, features, instances)
-    selector, core.selector = core.selector, DetectionSelector()
-    nothing, plain = core(images, features, instances)
-    core.selector = selector
+    return model.proposal_generator(images, features, [x["instances"] for x in inputs])
+
+
+def test_losses_of_the_first_stage_are_those_of_a_one_class_detector():
+    model, inputs = make_model("faster", "lazy").train(), inputs_of("faster")
+    proposals, losses = first_stage(model, inputs)
+    model.proposal_generator.selector = DetectionSelector()
+    nothing, plain = first_stage(model, inputs)
 
     assert nothing == [] and len(proposals) == 2
     assert {name.replace("loss_rpn_", "loss_") for name in losses} == set(plain)
@@ -152,43 +153,31 @@ def test_losses_of_the_first_stage_are_those_of_a_one_class_detector():
 
 
 def test_box_offset_moves_the_truth_of_the_first_stage_only():
-    model = make_model("faster", "lazy").train()
-    core, inputs = model.proposal_generator, inputs_of("faster")
-    expected = core_losses(model, inputs)
-    core.box_offset = 0.5
+    model, inputs = make_model("faster", "lazy").train(), inputs_of("faster")
+    _, expected = first_stage(model, inputs)
+    model.proposal_generator.box_offset = 0.5
     for x in inputs:
         x["instances"].gt_boxes.tensor.add_(0.5)
     boxes = [x["instances"].gt_boxes.tensor.clone() for x in inputs]
-    assert core_losses(model, inputs) == expected
+    assert first_stage(model, inputs)[1] == expected
     for x, before in zip(inputs, boxes):  # what the ROI heads get
         assert torch.equal(x["instances"].gt_boxes.tensor, before)
 
 
-def core_losses(model, inputs):
-    images = model.preprocess_image(inputs)
-    features = model.backbone(images.tensor)
-    _, losses = model.proposal_generator(images, features, [x["instances"] for x in inputs])
-    return {name: loss.item() for name, loss in losses.items()}
-
-
 def test_classes_of_the_ground_truth_do_not_matter_to_the_first_stage():
-    model = make_model("faster", "lazy").train()
-    images = model.preprocess_image(inputs_of("faster"))
-    features = model.backbone(images.tensor)
-    instances = [x["instances"] for x in inputs_of("faster")]
-    _, expected = model.proposal_generator(images, features, instances)
-    for i in instances:
-        i.gt_classes += 3
-    _, losses = model.proposal_generator(images, features, instances)
-    assert {k: v.item() for k, v in losses.items()} == {k: v.item() for k, v in expected.items()}
+    model, inputs = make_model("faster", "lazy").train(), inputs_of("faster")
+    _, expected = first_stage(model, inputs)
+    for x in inputs:
+        x["instances"].gt_classes += 3
+    assert first_stage(model, inputs)[1] == expected
 
 
 def test_images_without_objects_train_every_parameter_of_both_stages():
     model = make_model("faster", "lazy").train()
     losses = model([make_input(64, 96), make_input(64, 96)])
     sum(losses.values()).backward()
-    for name, parameter in model.named_parameters():
-        assert parameter.grad is not None and torch.isfinite(parameter.grad).all(), name
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert_every_parameter_learns(model)
 
 
 def test_proposal_network_gives_proposals_and_prefixed_losses():
@@ -215,15 +204,6 @@ def test_yaml_reads_the_numbers_of_rpn_and_one_class_whatever_num_classes_says()
     assert (selector.nms_thresh, selector.min_box_size) == (0.65, 3)
 
 
-def test_the_one_stage_detector_stays_one():
-    cfg = load_yaml_config(str(REPO / "configs" / "toy" / "atss_toy.yaml"))
-    cfg.MODEL.DEVICE = "cpu"
-    model = build_model(cfg)
-    assert isinstance(model, ATSSDetector)
-    assert not model.proposal_generator.selector.is_first_stage
-    assert model.proposal_generator.num_classes == 6
-
-
 def test_features_that_the_backbone_lacks_are_refused_with_those_it_has():
     cfg = yaml_config("faster")
     cfg.MODEL.ATSS.IN_FEATURES = ["p3", "p4", "p5", "p6", "p8"]
@@ -244,8 +224,4 @@ def test_first_stage_with_classes_is_refused():
 
 @pytest.mark.parametrize("kind", ["faster", "mask"])
 def test_yaml_and_python_toys_build_the_same_model(kind):
-    shapes = [
-        {name: tuple(value.shape) for name, value in make_model(kind, source).state_dict().items()}
-        for source in ("lazy", "yaml")
-    ]
-    assert shapes[0] == shapes[1]
+    assert shapes_of(make_model(kind, "lazy")) == shapes_of(make_model(kind, "yaml"))

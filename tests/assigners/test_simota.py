@@ -7,6 +7,7 @@ from atss.assigners.candidates import within_radius_on_lattice
 from atss.box_regression import Box2BoxTransform
 from atss.geometry import box_centers
 from atss.predictions import DensePredictions, PredictionsAt, flatten_levels
+from conftest import at_anchors
 from reference_assigners import object_of_each_anchor, random_layout, to_boxes
 from reference_predictions import near_anchors, simota_rule
 from test_dense_assigners import grid_of
@@ -79,11 +80,7 @@ class Case:
 
 
 def targets_of_each_anchor(assignment):
-    targets = torch.zeros(assignment.match_labels.shape)
-    places = assignment.image_idxs, assignment.anchor_idxs
-    is_positive = assignment.is_positive
-    targets[tuple(x[is_positive] for x in places)] = assignment.class_targets[is_positive]
-    return targets.tolist()
+    return at_anchors(assignment, assignment.class_targets).tolist()
 
 
 def flat(lists):

@@ -162,7 +162,7 @@ def test_a_bare_resnet_fills_the_bottom_up_part():
 @pytest.mark.parametrize("case, fields", golden_cases("head"), ids=lambda v: v.get("name", ""))
 def test_converted_head_gives_the_outputs_of_the_authors(case, fields):
     weights = {
-        key.replace("param:", "rpn.head."): torch.from_numpy(value)
+        key.replace("param:", "rpn.head."): value
         for key, value in fields.items()
         if key.startswith("param:")
     }
@@ -170,10 +170,10 @@ def test_converted_head_gives_the_outputs_of_the_authors(case, fields):
     head = ATSSHead(case["in_channels"], case["num_classes"], num_convs=case["num_convs"])
     head.load_state_dict({key.split(".head.")[1]: value for key, value in converted.items()})
     with torch.no_grad():
-        found = head([torch.from_numpy(fields[f"feat{i}"]) for i in range(5)])
+        found = head([fields[f"feat{i}"] for i in range(5)])
     for maps, name in ((found.logits, "cls"), (found.quality, "ctr")):
         for i, level in enumerate(maps):
-            expected = torch.from_numpy(fields[f"{name}{i}"])
+            expected = fields[f"{name}{i}"]
             torch.testing.assert_close(level, expected, rtol=1e-4, atol=1e-5)
 
 

@@ -31,10 +31,21 @@ from pycocotools import mask as mask_api
 SMALL = ToyShapesOptions(num_train=6, num_val=3)
 
 
+@pytest.fixture(scope="module")
+def rendered(tmp_path_factory):
+    """The folder of a set that nobody changes."""
+    return render_dataset(tmp_path_factory.mktemp("toy"), SMALL)
+
+
 def place(name: str, x: int, y: int, width: int, height: int) -> ToyObject:
     class_id = list(OUTLINES).index(name)
     polygon = OUTLINES[name] * (width, height) + (x, y)
     return ToyObject(class_id, (x, y, width, height), polygon)
+
+
+def coco_mask(item: ToyObject, height: int, width: int) -> np.ndarray:
+    codes = mask_api.frPyObjects([item.polygon.ravel().tolist()], height, width)
+    return mask_api.decode(codes)[..., 0]
 
 
 def rendered_bytes(root):
@@ -130,7 +141,7 @@ def test_box_is_tight_around_the_pixels_of_its_shape(name, size):
 def test_polygon_has_the_area_of_its_pixels_and_of_its_coco_mask(name):
     item = place(name, 3, 11, 90, 120)
     area = polygon_area(item.polygon)
-    mask = mask_api.decode(mask_api.frPyObjects([item.polygon.ravel().tolist()], 160, 120))[..., 0]
+    mask = coco_mask(item, 160, 120)
     assert coverage(item).sum() == pytest.approx(area, rel=0.02)
     assert mask.sum() == pytest.approx(area, rel=0.02)
     both = mask[11:131, 3:93] > 0
@@ -150,7 +161,7 @@ def test_round_shape_is_drawn_in_the_middle_of_its_box(name):
 @pytest.mark.parametrize("name", ["ring", "frame"])
 def test_hole_stays_empty_in_pixels_and_coco_mask(name):
     item = place(name, 0, 0, 100, 100)
-    mask = mask_api.decode(mask_api.frPyObjects([item.polygon.ravel().tolist()], 100, 100))[..., 0]
+    mask = coco_mask(item, 100, 100)
     assert coverage(item)[40:60, 40:60].max() == 0 and mask[40:60, 40:60].max() == 0
     assert coverage(item)[50, 10] == 1 and mask[50, 10] == 1
 
@@ -211,14 +222,13 @@ def test_impossible_options_are_refused_with_what_is_needed(changes, message):
 # What is written
 
 
-def test_same_options_give_the_same_files_in_another_process_and_another_place(tmp_path):
-    here = render_dataset(tmp_path / "here", SMALL)
-    there, imported = finish(start_rendering(tmp_path / "there"))
-    assert rendered_bytes(here) == rendered_bytes(Path(there)) and imported == "numpy and cv2 only"
-    assert there == str(tmp_path / "there" / here.name)
+def test_same_options_give_the_same_files_in_another_process_and_another_place(rendered, tmp_path):
+    there, imported = finish(start_rendering(tmp_path))
+    assert there == str(tmp_path / rendered.name) and imported == "numpy and cv2 only"
+    assert rendered_bytes(rendered) == rendered_bytes(Path(there))
 
 
-def test_seeds_change_the_images_and_splits_share_none(tmp_path):
+def test_seeds_change_the_images_and_splits_share_none():
     def image(options, split, index=0):
         return render_image(options, split, index)[0]
 
@@ -230,10 +240,9 @@ def test_seeds_change_the_images_and_splits_share_none(tmp_path):
     assert (image(SMALL, "train") != image(SMALL, "train", index=1)).any()
 
 
-def test_files_are_images_and_coco_annotations_that_record_their_seed(tmp_path):
-    folder = render_dataset(tmp_path, SMALL)
+def test_files_are_images_and_coco_annotations_that_record_their_seed(rendered):
     for split, number, seed in (("train", 6, 0), ("val", 3, 1)):
-        data, image_root = read_split(folder, split)
+        data, image_root = read_split(rendered, split)
         assert data["info"]["seed"] == seed
         assert data["info"]["options"] == dataclasses.asdict(SMALL)
         assert [c["name"] for c in data["categories"]] == SMALL.class_names
@@ -249,8 +258,8 @@ def test_files_are_images_and_coco_annotations_that_record_their_seed(tmp_path):
             assert [a["category_id"] - 1 for a in mine] == [item.class_id for item in objects]
 
 
-def test_polygons_in_the_file_have_the_annotated_box_and_area(tmp_path):
-    data, _ = read_split(render_dataset(tmp_path, SMALL), "train")
+def test_polygons_in_the_file_have_the_annotated_box_and_area(rendered):
+    data, _ = read_split(rendered, "train")
     assert data["annotations"]
     for annotation in data["annotations"]:
         polygon = np.reshape(annotation["segmentation"][0], (-1, 2))
@@ -268,20 +277,15 @@ def test_longer_set_begins_with_the_images_of_a_shorter_one():
 # When it is rendered
 
 
-def test_existing_set_is_used_as_it_is(tmp_path, caplog):
+def test_existing_set_is_used_as_it_is_also_in_a_read_only_place(tmp_path, monkeypatch, caplog):
     folder = render_dataset(tmp_path, SMALL)
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    for name in ("mkdir", "rename", "open"):
+        monkeypatch.setattr(os, name, mock.Mock(side_effect=PermissionError))
     with caplog.at_level(logging.INFO):
         assert render_dataset(str(tmp_path), SMALL) == folder
     assert before == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
     assert "used as they are" in caplog.text
-
-
-def test_existing_set_in_a_read_only_place_is_used(tmp_path, monkeypatch):
-    folder = render_dataset(tmp_path, SMALL)
-    for name in ("mkdir", "rename", "open"):
-        monkeypatch.setattr(os, name, mock.Mock(side_effect=PermissionError))
-    assert render_dataset(tmp_path, SMALL) == folder
 
 
 def test_sets_with_other_options_or_of_another_renderer_lie_in_other_folders(tmp_path, monkeypatch):
@@ -333,24 +337,22 @@ def test_killed_process_leaves_a_temporary_folder_that_is_not_taken_for_a_set(tm
     assert len(read_split(folder, "train")[0]["images"]) == 6
 
 
-def test_processes_that_start_at_once_end_with_one_complete_set(tmp_path):
+def test_processes_that_start_at_once_end_with_one_complete_set(rendered, tmp_path):
     start = time.time() + 1.5  # all have imported what they need before
-    processes = [start_rendering(tmp_path / "toy", start) for _ in range(3)]
+    processes = [start_rendering(tmp_path, start) for _ in range(3)]
     (folder,) = {finish(process)[0] for process in processes}
-    assert [str(path) for path in (tmp_path / "toy").iterdir()] == [folder]
-    assert rendered_bytes(Path(folder)) == rendered_bytes(render_dataset(tmp_path / "alone", SMALL))
+    assert [str(path) for path in tmp_path.iterdir()] == [folder]
+    assert rendered_bytes(Path(folder)) == rendered_bytes(rendered)
 
 
-def test_set_that_another_process_finished_meanwhile_is_used(tmp_path, monkeypatch):
-    folder = render_dataset(tmp_path / "alone", SMALL)
-
+def test_set_that_another_process_finished_meanwhile_is_used(rendered, tmp_path, monkeypatch):
     def rename_when_too_late(source, target):
-        shutil.copytree(folder, target)
+        shutil.copytree(rendered, target)
         os.replace(source, target)  # fails, because the target is no empty folder
 
     monkeypatch.setattr("atss.data.toy_shapes.files.os.rename", rename_when_too_late)
-    assert render_dataset(tmp_path / "toy", SMALL).name == folder.name
-    assert [path.name for path in (tmp_path / "toy").iterdir()] == [folder.name]
+    assert render_dataset(tmp_path, SMALL) == tmp_path / rendered.name
+    assert [path.name for path in tmp_path.iterdir()] == [rendered.name]
 
 
 def test_a_hundred_images_take_less_than_five_seconds(tmp_path):

@@ -9,13 +9,12 @@ from atss.box_regression import Box2BoxTransform
 from atss.postprocessing import Detections, DetectionSelector, SelectionInputs
 from atss.postprocessing.eager import suppress
 from atss.predictions import DensePredictions, flatten_level
-from conftest import golden_cases, golden_grid, make_grid, random_boxes
+from conftest import golden_cases, golden_grid, make_grid, random_boxes, random_predictions
 from reference import detections
 
 from detectron2.structures import Boxes
 
-WEIGHTS = (10.0, 10.0, 5.0, 5.0)
-DECODE = Box2BoxTransform(WEIGHTS).apply_deltas
+DECODE = Box2BoxTransform((10.0, 10.0, 5.0, 5.0)).apply_deltas
 
 
 def decode_half_a_pixel_off(deltas, anchors):
@@ -34,10 +33,8 @@ def test_detections_are_those_of_the_authors_release(case, fields):
     # The release's boxes in inclusive pixels: (x1, y1, x2, y2) is our (x1, y1, x2 + 1, y2 + 1), and
     # our decoded boxes, from grown anchors, lie half a pixel up and left of those.
     grid = golden_grid(fields)
-    maps = (
-        [torch.as_tensor(fields[f"{name}{i}"]) for i in range(5)] for name in ("cls", "reg", "ctr")
-    )
-    sizes = [tuple(int(v) for v in size) for size in fields["image_sizes"]]
+    maps = ([fields[f"{name}{i}"] for i in range(5)] for name in ("cls", "reg", "ctr"))
+    sizes = [tuple(size) for size in fields["image_sizes"].tolist()]
     found = detect(
         DensePredictions(*maps, grid.num_cell_anchors), grid.boxes, sizes,
         decode_half_a_pixel_off,
@@ -45,7 +42,7 @@ def test_detections_are_those_of_the_authors_release(case, fields):
         nms_thresh=case["nms_thresh"], detections_per_image=case["detections_per_img"],
     )  # fmt: skip
     for i, result in enumerate(found):
-        expected = torch.as_tensor(fields[f"out_boxes{i}"]) + torch.tensor([0.0, 0, 1, 1])
+        expected = fields[f"out_boxes{i}"] + torch.tensor([0.0, 0, 1, 1])
         # Boxes that begin beyond the last pixel are left one pixel by the release, and dropped or
         # left a sliver by us; both lists are compared without them, up to where the shorter ends.
         expected_inside, ours_inside = (
@@ -53,8 +50,8 @@ def test_detections_are_those_of_the_authors_release(case, fields):
         )
         count = min(int(expected_inside.sum()), int(ours_inside.sum()))
         assert count >= 0.8 * len(expected)
-        scores = torch.as_tensor(fields[f"out_scores{i}"])
-        classes = torch.as_tensor(fields[f"out_labels{i}"]).long() - 1
+        scores = fields[f"out_scores{i}"]
+        classes = fields[f"out_labels{i}"].long() - 1
         for ours, theirs, tolerance in (
             (result.pred_boxes.tensor, expected, 1e-3),
             (result.scores, scores, 1e-5),
@@ -75,19 +72,10 @@ def begins_inside(boxes, size):
     )
 
 
-def random_predictions(grid, num_images, num_classes):
-    shift = {"logits": -1.0}
-    maps = [
-        [torch.randn(num_images, c, h, w) * 1.5 + shift.get(n, 0) for h, w in grid.grid_sizes]
-        for n, c in (("logits", num_classes), ("deltas", 4), ("quality", 1))
-    ]
-    return DensePredictions(*maps, num_anchors=1)
-
-
 @pytest.mark.parametrize("topk, most", [(1000, 100), (20, 10)])
 def test_detections_agree_with_loops(topk, most):
     grid, size = make_grid(64, 96), (60, 90)
-    predictions = random_predictions(grid, 1, 3)
+    predictions = random_predictions(grid.grid_sizes, 1, 3, scale=1.5)
     settings = dict(topk_candidates=topk, detections_per_image=most)
     (found,) = detect(predictions, grid.boxes, [size], **settings)
     levels = []
@@ -103,45 +91,36 @@ def test_detections_agree_with_loops(topk, most):
         levels.append((logits.sigmoid().numpy(), ctr.sigmoid().squeeze(1).numpy(), boxes.numpy()))
     expected = detections(levels, topk=topk, max_detections=most)
     assert len(found) == len(expected) > 0.7 * most
-    torch.testing.assert_close(
-        found.pred_boxes.tensor,
-        torch.as_tensor(np.stack([b for b, _, _ in expected])),
-        rtol=0,
-        atol=1e-3,
-    )
-    np.testing.assert_allclose(found.scores, [s for _, s, _ in expected], rtol=1e-5)
-    assert found.pred_classes.tolist() == [k for _, _, k in expected]
+    boxes, scores, classes = zip(*expected)
+    np.testing.assert_allclose(found.pred_boxes.tensor, boxes, rtol=0, atol=1e-3)
+    np.testing.assert_allclose(found.scores, scores, rtol=1e-5)
+    assert found.pred_classes.tolist() == list(classes)
+
+
+def candidates_of_two(logits, quality=None, **settings):
+    """Candidates among two locations of one class, whose boxes lie beside each other."""
+    maps = [None if x is None else [x.view(1, 1, 1, 2)] for x in (logits, quality)]
+    predictions = DensePredictions(maps[0], [torch.zeros(1, 4, 1, 2)], maps[1], num_anchors=1)
+    anchors = [Boxes(torch.tensor([[0.0, 0, 8, 8], [8, 8, 16, 16]]))]
+    inputs = SelectionInputs(predictions, anchors, [(16, 16)], DECODE)
+    (found,) = DetectionSelector(**settings).candidates(inputs)
+    return found
 
 
 def test_class_score_is_compared_before_centerness_multiplies_in():
-    # Two locations; sigmoid 0.5 and 0.018. A low centerness must not remove the first.
-    predictions = DensePredictions(
-        [torch.tensor([0.0, -4.0]).view(1, 1, 1, 2)],
-        [torch.zeros(1, 4, 1, 2)],
-        [torch.tensor([-6.0, 6.0]).view(1, 1, 1, 2)],
-        num_anchors=1,
-    )
-    anchors = [Boxes(torch.tensor([[0.0, 0, 8, 8], [8, 8, 16, 16]]))]
-    inputs = SelectionInputs(predictions, anchors, [(16, 16)], DECODE)
-    (found,) = DetectionSelector().candidates(inputs)
+    # Sigmoid 0.5 and 0.018. A low centerness must not remove the first.
+    logits, quality = torch.tensor([0.0, -4.0]), torch.tensor([-6.0, 6.0])
+    found = candidates_of_two(logits, quality)
     assert found.boxes.tolist() == [[0.0, 0.0, 8.0, 8.0]]
     score = 0.5 / (1 + np.exp(6.0))
     assert found.scores.item() == pytest.approx(score**0.5, rel=1e-5)
-    (plain,) = DetectionSelector(sqrt_score=False).candidates(inputs)
+    plain = candidates_of_two(logits, quality, sqrt_score=False)
     assert plain.scores.item() == pytest.approx(score, rel=1e-5)
 
 
 def test_score_just_above_the_threshold_is_a_candidate_and_one_just_below_is_none():
     logit = torch.tensor(0.05).logit()
-    predictions = DensePredictions(
-        [torch.stack((logit + 1e-5, logit - 1e-5)).view(1, 1, 1, 2)],
-        [torch.zeros(1, 4, 1, 2)],
-        None,
-        num_anchors=1,
-    )
-    anchors = [Boxes(torch.tensor([[0.0, 0, 8, 8], [8, 8, 16, 16]]))]
-    inputs = SelectionInputs(predictions, anchors, [(16, 16)], DECODE)
-    (found,) = DetectionSelector().candidates(inputs)
+    found = candidates_of_two(torch.stack((logit + 1e-5, logit - 1e-5)))
     assert found.boxes.tolist() == [[0.0, 0.0, 8.0, 8.0]]
 
 
@@ -149,13 +128,8 @@ def test_score_just_above_the_threshold_is_a_candidate_and_one_just_below_is_non
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 def test_fast_and_traceable_detections_are_the_same(num_cells, memory_format):
     sizes = ((16, 24), (8, 12))
-    torch.manual_seed(5)
-
-    def maps(num_values, shift=0.0):
-        levels = [torch.randn(2, num_cells * num_values, *size) * 1.5 + shift for size in sizes]
-        return [level.to(memory_format=memory_format) for level in levels]
-
-    predictions = DensePredictions(maps(5, -1.0), maps(4), maps(1), num_cells)
+    predictions = random_predictions(sizes, 2, 5, num_cells, scale=1.5)
+    predictions = predictions.map(lambda x: x.contiguous(memory_format=memory_format))
     anchors = [Boxes(random_boxes(h * w * num_cells, 128, 192)) for h, w in sizes]
     selector = DetectionSelector(topk_candidates=150, detections_per_image=60)
     image_sizes = [(128, 192), (100, 150)]
@@ -196,7 +170,7 @@ def test_suppression_is_per_class_and_spares_equal_iou():
 
 def test_batch_equals_its_images_one_by_one():
     grid = make_grid(64, 64)
-    predictions = random_predictions(grid, 3, 2)
+    predictions = random_predictions(grid.grid_sizes, 3, 2, scale=1.5)
     sizes = [(64, 64), (50, 60), (64, 40)]
     together = detect(predictions, grid.boxes, sizes, DECODE)
     for i, size in enumerate(sizes):
@@ -208,7 +182,7 @@ def test_batch_equals_its_images_one_by_one():
 
 def test_image_without_candidates_has_no_detections():
     grid = make_grid(64, 64)
-    predictions = random_predictions(grid, 1, 2)
+    predictions = random_predictions(grid.grid_sizes, 1, 2, scale=1.5)
     logits = [torch.full_like(t, -20.0) for t in predictions.logits]
     (found,) = detect(dataclasses.replace(predictions, logits=logits), grid.boxes, [(64, 64)])
     assert len(found) == 0 and found.pred_boxes.tensor.shape == (0, 4)
@@ -230,7 +204,7 @@ def test_settings_out_of_range_are_refused(settings, words):
 
 def test_head_with_more_outputs_per_anchor_is_refused_and_never_guessed():
     grid = make_grid(64, 64)
-    predictions = random_predictions(grid, 1, 2)
+    predictions = random_predictions(grid.grid_sizes, 1, 2, scale=1.5)
     odd = [torch.zeros(1, 68, *size) for size in grid.grid_sizes]  # 17 bins a side
     with pytest.raises(ValueError, match="deltas have 68 channels, but A\\*4 = 4"):
         detect(dataclasses.replace(predictions, deltas=odd), grid.boxes, [(64, 64)])

@@ -1,3 +1,5 @@
+"""Proposals of a first stage: their logits, numbers per level and image, and what is removed."""
+
 import pytest
 import torch
 from atss.postprocessing import ProposalSelector, SelectionInputs

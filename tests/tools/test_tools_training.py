@@ -111,6 +111,7 @@ def test_eval_only_with_resume_takes_the_last_checkpoint_or_says_there_is_none(
     flags = ["--eval-only", "--resume"]
     assert "there is no checkpoint" in mistake(tool, tmp_path, data, 6, flags)
 
+    (tmp_path / "out").mkdir(exist_ok=True)
     (tmp_path / "out/last_checkpoint").write_text("other.pth")
     torch.save({"model": {"not.ours": torch.zeros(1)}}, tmp_path / "out/other.pth")
     # So it is that file that is read.

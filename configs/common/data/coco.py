@@ -5,7 +5,8 @@
 
 from omegaconf import OmegaConf
 
-from atss.data import NamingMapper, build_train_loader, coco_evaluator, load_dataset_dicts
+from atss.data import NamingMapper, build_train_loader, load_dataset_dicts
+from atss.evaluation import build_evaluator
 import detectron2.data.transforms as T
 from detectron2.config import LazyCall as L
 from detectron2.data import build_detection_test_loader, get_detection_dataset_dicts
@@ -39,7 +40,7 @@ dataloader.test = L(build_detection_test_loader)(
     num_workers=4,
 )
 
-dataloader.evaluator = L(coco_evaluator)(
+dataloader.evaluator = L(build_evaluator)(
     dataset_names="${..test.dataset.names}",
     tasks=["bbox"],
     output_dir="${train.output_dir}/inference",

@@ -13,13 +13,14 @@ from detectron2.config import CfgNode
 from detectron2.data import build_detection_test_loader, build_detection_train_loader
 from detectron2.engine import DefaultTrainer, HookBase, TrainerBase
 from detectron2.engine.hooks import PreciseBN
-from detectron2.evaluation import COCOEvaluator
+from detectron2.evaluation import DatasetEvaluator
 from detectron2.solver.build import maybe_add_gradient_clipping
 from detectron2.utils import comm
 
 from .checks import check_choice
 from .data import NamingMapper, build_train_loader, load_dataset_dicts
 from .data.loader import SAMPLERS
+from .evaluation import build_evaluator
 from .optimizer import get_optimizer_params
 from .training import build_model, evaluate_checkpoint, load_for_training, make_checkpointer
 from .training.evaluation import Results, evaluate_with_tta
@@ -146,11 +147,12 @@ class Trainer(DefaultTrainer):
         return build_detection_test_loader(cfg, dataset_name, mapper=mapper)
 
     @classmethod
-    def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> COCOEvaluator:
-        """COCO's evaluation of boxes, and of masks where the model has them."""
+    def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
+        """That of the set, for boxes, and for masks where the model has them."""
         tasks: List[str] = ["bbox"] + (["segm"] if cfg.MODEL.MASK_ON else [])
-        folder = os.path.join(cfg.OUTPUT_DIR, "inference")
-        return COCOEvaluator(dataset_name, tasks, output_dir=folder)
+        if cfg.MODEL.META_ARCHITECTURE == "ProposalNetwork":
+            tasks = ["box_proposals"]
+        return build_evaluator([dataset_name], tasks, os.path.join(cfg.OUTPUT_DIR, "inference"))
 
     @classmethod
     def evaluate_checkpoint(cls, cfg: CfgNode, resume: bool = False) -> Dict[str, Any]:
@@ -161,9 +163,7 @@ class Trainer(DefaultTrainer):
     def test_with_tta(cls, cfg: CfgNode, model: nn.Module) -> Dict[str, Any]:
         """`test` with the test-time augmentation of TEST.AUG; names of results end in "_TTA"."""
         folder = os.path.join(cfg.OUTPUT_DIR, "inference_TTA")
-        evaluators = [
-            COCOEvaluator(name, ["bbox"], output_dir=folder) for name in cfg.DATASETS.TEST
-        ]
+        evaluators = [build_evaluator([name], output_dir=folder) for name in cfg.DATASETS.TEST]
         return evaluate_with_tta(cfg, model, partial(cls.test, evaluators=evaluators))
 
     def resume_or_load(self, resume: bool = True) -> None:

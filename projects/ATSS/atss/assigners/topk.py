@@ -48,9 +48,8 @@ class TopKAssigner:
         anchor_boxes = concatenate_anchors(anchors)  # (R, 4)
         boxes = concatenate_boxes(gt_boxes, anchor_boxes.device)  # (M, 4)
         num_objects = [len(b) for b in gt_boxes]
-        anchor_idxs = torch.cat(
-            [self._best_anchors(part, anchor_boxes) for part in boxes.split(num_objects)]
-        )  # (M, k)
+        images = boxes.split(num_objects or [0])  # of no images, one part without objects
+        anchor_idxs = torch.cat([self._best_anchors(x, anchor_boxes) for x in images])  # (M, k)
 
         candidates = anchor_boxes[anchor_idxs]  # (M, k, 4)
         boxes = boxes.unsqueeze(1)

@@ -13,7 +13,7 @@ from .classes import common_classes
 from .coco_json import CocoSummary, check_coco_json
 from .dataset_dicts import check_dataset_dicts, load_dataset_dicts
 from .loader import TrainLoader, build_train_loader
-from .mapper import NamingMapper, coco_evaluator
+from .mapper import NamingMapper
 from .registration import (
     Datasets,
     add_dataset_arguments,
@@ -34,7 +34,6 @@ __all__ = [
     "build_train_loader",
     "check_coco_json",
     "check_dataset_dicts",
-    "coco_evaluator",
     "common_classes",
     "defer_toy_shapes",
     "load_dataset_dicts",

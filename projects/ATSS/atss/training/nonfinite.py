@@ -103,7 +103,7 @@ class NonFiniteGuard:
         images = [name for _, names in found.values() for name in names]
         text = (
             f"Loss {', '.join(terms)} is not finite at iteration {iteration}, in the batch of "
-            f"{', '.join(images[:8])}{', ...' if len(images) > 8 else ''}."
+            f"{', '.join(images[:8]) or 'unnamed images'}{', ...' if len(images) > 8 else ''}."
         )
         paths = [path for path, _ in found.values() if path]
         if paths:
@@ -113,10 +113,11 @@ class NonFiniteGuard:
         return text + " A learning rate that is too high, or wrong boxes, are the usual causes."
 
 
-def _names(batch: List[Dict[str, Any]]) -> List[str]:
+def _names(batch: Any) -> List[str]:
+    """Images of a batch of Detectron2's dicts; none of another batch."""
     return [
         f"image {inputs.get('image_id', i)} ({inputs.get('file_name', 'no file')})"
-        for i, inputs in enumerate(batch)
+        for i, inputs in enumerate(batch if isinstance(batch, list) else ())
     ]
 
 
