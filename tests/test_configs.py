@@ -6,9 +6,9 @@ import pytest
 import torch
 from atss import model_zoo
 from atss.assigners import ATSSAssigner
-from atss.optimizer import get_optimizer_params
 from atss.trainer import Trainer
 from atss.training import load_lazy_config, load_yaml_config, update_lazy_config
+from atss.training.optimizer import get_optimizer_params
 from atss.training.settings import checkpoint_settings
 from conftest import GOLDEN, REPO, STRIDES, shapes_of
 from torch import nn

@@ -21,9 +21,9 @@ from .checks import check_choice
 from .data import NamingMapper, build_train_loader, load_dataset_dicts
 from .data.loader import SAMPLERS
 from .evaluation import build_evaluator
-from .optimizer import get_optimizer_params
 from .training import build_model, evaluate_checkpoint, load_for_training, make_checkpointer
 from .training.evaluation import Results, evaluate_with_tta
+from .training.optimizer import get_optimizer_params
 from .training.runs import build_hooks, build_step_trainer
 from .training.settings import get_setting
 
