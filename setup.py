@@ -31,6 +31,7 @@ class BuildWithConfigs(build_py):
 
 EXPORT = ["onnx", "onnxscript", "onnxruntime"]
 FAST_EVAL = ["faster-coco-eval"]
+SLURM = ["submitit"]
 
 setup(
     name="atss",
@@ -56,7 +57,8 @@ setup(
     ],
     extras_require={
         "export": EXPORT,
+        "slurm": SLURM,
         "fast-eval": FAST_EVAL,
-        "dev": ["pytest", "pytest-cov", "pytest-xdist", "ruff", *EXPORT, *FAST_EVAL],
+        "dev": ["pytest", "pytest-cov", "pytest-xdist", "ruff", *EXPORT, *SLURM, *FAST_EVAL],
     },
 )

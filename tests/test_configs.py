@@ -6,9 +6,10 @@ import pytest
 import torch
 from atss import model_zoo
 from atss.assigners import ATSSAssigner
-from atss.optimizer import get_optimizer_params
 from atss.trainer import Trainer
 from atss.training import load_lazy_config, load_yaml_config, update_lazy_config
+from atss.training.optimizer import get_optimizer_params
+from atss.training.settings import checkpoint_settings
 from conftest import GOLDEN, REPO, STRIDES, shapes_of
 from torch import nn
 
@@ -121,7 +122,7 @@ def test_yaml_and_python_twins_build_the_same_training(name):
     assert train.channels_last == solver.CHANNELS_LAST
     assert train.init_checkpoint == yaml_cfg.MODEL.WEIGHTS
     assert train.eval_period == yaml_cfg.TEST.EVAL_PERIOD
-    assert train.checkpointer.period == solver.CHECKPOINT_PERIOD
+    assert checkpoint_settings(lazy_cfg) == checkpoint_settings(yaml_cfg)
     data = lazy_cfg.dataloader
     assert tuple(data.train.dataset.names) == yaml_cfg.DATASETS.TRAIN
     assert tuple(data.test.dataset.names) == yaml_cfg.DATASETS.TEST

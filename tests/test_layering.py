@@ -20,7 +20,7 @@ ROWS = (
     ("build", "model_zoo"),
     ("proposal_generator",),
     ("detector",),
-    ("evaluation", "inference_mode", "optimizer", "tta", "visualization"),
+    ("evaluation", "inference_mode", "tta", "visualization"),
     ("export", "predictor", "training"),
     ("trainer",),
     ("__main__", "commands", "report"),

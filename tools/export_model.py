@@ -37,16 +37,10 @@ from atss.export import (
     write_metadata,
 )
 from atss.model_zoo import config_file, get_checkpoint_url
-from atss.training import (
-    find_config,
-    import_modules,
-    load_lazy_config,
-    load_yaml_config,
-    tool_parser,
-)
+from atss.training import find_config, import_modules, load_config, tool_parser
 from torch import nn
 
-from detectron2.config import instantiate
+from detectron2.config import CfgNode, instantiate
 from detectron2.modeling import build_model
 
 # Errors that a user can cause and fix: the message is enough. Others show their trace.
@@ -207,13 +201,11 @@ def build(args: argparse.Namespace) -> Tuple[object, nn.Module, Optional[List[st
     weights = args.weights
     if weights is None and not args.random_weights:
         weights = get_checkpoint_url(args.zoo)
-    # A saved LazyConfig is YAML too.
-    if file.endswith((".yaml", ".yml")) and "_target_" not in Path(file).read_text("utf-8"):
-        cfg = load_yaml_config(file, args.opts)
+    cfg = load_config(file, args.opts)
+    if isinstance(cfg, CfgNode):
         cfg.MODEL.DEVICE = "cpu"
         model = build_model(cfg)
     else:
-        cfg = load_lazy_config(file, args.opts)
         model = instantiate(cfg.model)
     class_names = None
     if weights:

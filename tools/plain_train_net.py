@@ -14,7 +14,11 @@ import _quiet  # noqa: F401
 import torch
 from atss.device import compile_dense_parts
 from atss.training import (
+    CheckpointHook,
+    RandomState,
+    StopRequest,
     autocast_dtype,
+    build_guard,
     build_model,
     build_optimizer,
     choose_data,
@@ -25,11 +29,14 @@ from atss.training import (
     load_lazy_config,
     make_checkpointer,
     make_grad_scaler,
+    record_step,
     run,
     set_up_run,
+    share_step,
     training_parser,
+    trim_metrics,
+    update,
 )
-from fvcore.common.checkpoint import PeriodicCheckpointer
 
 from detectron2.config import instantiate
 from detectron2.engine import default_writers
@@ -49,10 +56,23 @@ def do_train(cfg, resume):
     device = next(model.parameters()).device
     dtype = autocast_dtype(cfg.train.amp.enabled, cfg.train.amp.precision, device)
     scaler = make_grad_scaler(dtype)
-    state = {"optimizer": optimizer, "scheduler": scheduler}
-    if scaler is not None:
-        state["grad_scaler"] = scaler
+    guard = build_guard(cfg, dtype)
+    loader = instantiate(cfg.dataloader.train)
+    # All that a resumed run needs to go on as if it had not stopped.
+    parts = {
+        "data_loader": loader,
+        "optimizer": optimizer,
+        "scheduler": scheduler,
+        "grad_scaler": scaler,
+        "guard": guard,
+    }
+    state = {name: part for name, part in parts.items() if hasattr(part, "state_dict")}
     checkpointer = make_checkpointer(cfg, model, **state)
+    random_state = RandomState(cfg.train.seed)
+    saving = CheckpointHook(
+        checkpointer, **cfg.train.checkpointer, random_state=random_state, max_iter=max_iter
+    )
+    checkpointer.add_checkpointable("saving", saving)
     start_iter = load_for_training(cfg, checkpointer, resume)
 
     if cfg.train.get("compile", False):
@@ -60,42 +80,32 @@ def do_train(cfg, resume):
     ddp_model = create_ddp_model(model, **cfg.train.ddp)
     ddp_model.train()
     is_main = comm.is_main_process()
-    periodic_checkpointer = PeriodicCheckpointer(
-        checkpointer, max_iter=max_iter, **cfg.train.checkpointer
-    )
+    if is_main and start_iter > 0:
+        trim_metrics(cfg.train.output_dir, start_iter)
     writers = default_writers(cfg.train.output_dir, max_iter) if is_main else []
 
-    loader = instantiate(cfg.dataloader.train)
     logger.info("Starting training from iteration %d", start_iter)
-    with EventStorage(start_iter) as storage:
-        for data, iteration in zip(loader, range(start_iter, max_iter)):
+    random_state.restore(start_iter)
+    with EventStorage(start_iter) as storage, StopRequest() as stop:
+        for iteration, data in zip(range(start_iter, max_iter), loader):
             storage.iter = iteration
             with torch.autocast(device.type, dtype, enabled=dtype is not None):
                 loss_dict = ddp_model(data)
             losses = sum(loss_dict.values())
 
             optimizer.zero_grad()
-            if scaler is None:
-                losses.backward()
-                optimizer.step()
-            else:
-                scaler.scale(losses).backward()
-                scaler.step(optimizer)
-                scaler.update()
-
-            # Reading a loss waits for the GPU, so it is done only when somebody looks, and before
-            # weights are saved: those of a loss that is not finite must not be.
-            is_last = iteration + 1 == max_iter
-            is_logged = (iteration + 1) % cfg.train.log_period == 0 or is_last
-            if is_logged or (iteration + 1) % cfg.train.checkpointer.period == 0:
-                reduced = {k: v.item() for k, v in comm.reduce_dict(loss_dict).items()}
-                if is_main:
-                    if not all(torch.isfinite(torch.tensor(v)) for v in reduced.values()):
-                        raise FloatingPointError(f"Loss at iteration {iteration}: {reduced}")
-                    storage.put_scalars(total_loss=sum(reduced.values()), **reduced)
-                    storage.put_scalar("lr", optimizer.param_groups[0]["lr"], smoothing_hint=False)
+            (losses if scaler is None else scaler.scale(losses)).backward()
+            # The one wait of a step on a GPU: all processes learn the losses, whether one of them
+            # is not finite, and whether a signal asked for a stop.
+            report = share_step(loss_dict, is_stop_asked=stop.signal is not None)
+            if not guard.must_skip(report, iteration, data, ddp_model):
+                update(optimizer, scaler)
+            record_step(storage, report, guard, scaler)
+            storage.put_scalar("lr", optimizer.param_groups[0]["lr"], smoothing_hint=False)
             scheduler.step()
 
+            is_last = iteration + 1 == max_iter
+            results = None
             if (cfg.train.eval_period and (iteration + 1) % cfg.train.eval_period == 0) or is_last:
                 results = evaluate_lazy(cfg, ddp_model)
                 ddp_model.train()
@@ -104,11 +114,15 @@ def do_train(cfg, resume):
                         scalars = {f"{task}/{name}": value for name, value in values.items()}
                         storage.put_scalars(**scalars, smoothing_hint=False)
                 comm.synchronize()
-            if is_main:
-                if is_logged:
-                    for writer in writers:
-                        writer.write()
-                periodic_checkpointer.step(iteration)
+            if is_last or (iteration + 1) % cfg.train.log_period == 0:
+                for writer in writers:
+                    writer.write()
+            saving.step(iteration, results)
+            if report.is_stop_asked and not is_last:
+                saving.save_now(iteration)
+                saving.finish()
+                stop.exit()
+    saving.finish()
     for writer in writers:
         writer.close()
 

@@ -1,7 +1,7 @@
 """Optimizer of the paper: SGD, lr 0.01 for 16 images; biases have twice that and no decay."""
 
 import torch
-from atss.optimizer import get_optimizer_params
+from atss.training.optimizer import get_optimizer_params
 
 from detectron2.config import LazyCall as L
 

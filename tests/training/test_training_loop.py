@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from atss.training import loop, share_step
 from atss.training.loop import StepTrainer
 from fvcore.common.checkpoint import Checkpointer
 from torch import nn
@@ -18,11 +19,12 @@ class Line(nn.Module):
         self.weight = nn.Parameter(torch.ones(()))
 
     def forward(self, batch):
-        return {"loss": self.weight * batch}
+        return {"loss": self.weight * batch[0]["image"]}
 
 
 def make_trainer(batches, dtype=None):
     model = Line().train()
+    batches = [[{"image": value}] for value in batches]
     return model, StepTrainer(model, batches, torch.optim.SGD(model.parameters(), 0.1), dtype)
 
 
@@ -36,12 +38,19 @@ def test_a_step_moves_the_weights_and_records_the_loss(dtype):
     assert storage.latest()["total_loss"][0] == pytest.approx(2.0)
 
 
-def test_the_loss_is_read_after_the_update_so_that_the_update_never_waits():
+def test_processes_agree_on_the_losses_before_the_update(monkeypatch):
     model, trainer = make_trainer([torch.tensor(2.0)])
     seen = []
-    trainer._write_metrics = lambda *_: seen.append(model.weight.item())
-    trainer.run_step()
-    assert seen == [pytest.approx(0.8)]
+
+    def share(*arguments):
+        seen.append((model.weight.item(), model.weight.grad.item()))
+        return share_step(*arguments)
+
+    monkeypatch.setattr(loop, "share_step", share)
+    with EventStorage():
+        trainer.iter = 0
+        trainer.run_step()
+    assert seen == [(1.0, 2.0)] and model.weight.item() == pytest.approx(0.8)
 
 
 def test_a_loss_that_is_not_finite_stops_training_before_weights_are_saved(tmp_path):

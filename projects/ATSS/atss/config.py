@@ -88,7 +88,12 @@ def add_atss_config(cfg: CN) -> None:
     cfg.SOLVER.WEIGHT_DECAY_NORM = None  # that of WEIGHT_DECAY
     # "float16" needs a GPU, "bfloat16" works everywhere, "auto" is bfloat16 where it is fast.
     cfg.SOLVER.AMP.PRECISION = "float16"
+    # So many steps in a row whose loss is not finite are skipped; 0 stops at the first.
+    cfg.SOLVER.MAX_NONFINITE_STEPS = 0
     cfg.SOLVER.CHANNELS_LAST = False
+    # Besides SOLVER.CHECKPOINT_PERIOD: how many stay (None: all) next to the best, whether a thread
+    # writes them, and whether training is to "stop" or "continue" if one cannot be written.
+    cfg.SOLVER.CHECKPOINTER = CN({"MAX_TO_KEEP": 100, "ASYNCHRONOUS": True, "ON_ERROR": "stop"})
     cfg.SOLVER.COMPILE = False  # backbone and head through torch.compile
 
     # `prepare_for_inference` with --eval-only. PRECISION also "bfloat16", "float16" (GPU), "auto".

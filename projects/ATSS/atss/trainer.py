@@ -21,9 +21,9 @@ from .checks import check_choice
 from .data import NamingMapper, build_train_loader, load_dataset_dicts
 from .data.loader import SAMPLERS
 from .evaluation import build_evaluator
-from .optimizer import get_optimizer_params
 from .training import build_model, evaluate_checkpoint, load_for_training, make_checkpointer
 from .training.evaluation import Results, evaluate_with_tta
+from .training.optimizer import get_optimizer_params
 from .training.runs import build_hooks, build_step_trainer
 from .training.settings import get_setting
 
@@ -72,8 +72,19 @@ class Trainer(DefaultTrainer):
             loader, num_iters = self.build_train_loader(cfg), cfg.TEST.PRECISE_BN.NUM_ITER
             precise.append(PreciseBN(cfg.TEST.EVAL_PERIOD, self.model, loader, num_iters))
         return build_hooks(
-            self.cfg, self.checkpointer, self.scheduler, evaluate, self.build_writers, precise
+            self.cfg,
+            self._trainer,
+            self.checkpointer,
+            self.scheduler,
+            evaluate,
+            self.build_writers,
+            precise,
         )
+
+    def train(self) -> Optional[Results]:
+        """Train to the end, or to the end of a step in which a signal asks for a stop."""
+        with self._trainer.stop:
+            return super().train()
 
     @classmethod
     def build_model(cls, cfg: CfgNode) -> nn.Module:

@@ -17,10 +17,11 @@ from .files import (
     CheckpointError,
     check_pickle,
     fetch,
-    find_weights,
     read_checkpoint,
     write_checkpoint,
+    write_text,
 )
+from .finding import FINAL, find_weights
 from .overrides import (
     GEOMETRY_KEYS,
     OVERRIDES_KEY,
@@ -29,11 +30,14 @@ from .overrides import (
     override_weights,
     yacs_overrides,
 )
+from .writing import CheckpointWriter, remove_unfinished
 
 __all__ = [
     "ATSSCheckpointer",
     "CheckpointError",
+    "CheckpointWriter",
     "Converted",
+    "FINAL",
     "GEOMETRY_KEYS",
     "IS_OPTIONAL",
     "Loaded",
@@ -50,7 +54,9 @@ __all__ = [
     "override_weights",
     "read_checkpoint",
     "rehead",
+    "remove_unfinished",
     "require_weights",
     "write_checkpoint",
+    "write_text",
     "yacs_overrides",
 ]

@@ -15,8 +15,10 @@ from detectron2.utils import comm
 
 from ..stored_settings import STATE_KEY, StoresSettings, settings_of
 from .convert import convert_checkpoint, detect_source, num_classes_of, unwrap
-from .files import CheckpointError, check_pickle, find_weights, last_checkpoint, read_checkpoint
+from .files import CheckpointError, check_pickle, read_checkpoint
+from .finding import find_weights, last_checkpoint
 from .overrides import OVERRIDES_KEY, override_model
+from .writing import CheckpointWriter
 
 logger = logging.getLogger(__name__)
 
@@ -40,11 +42,15 @@ class ATSSCheckpointer(DetectionCheckpointer):
     Args:
         model, save_dir, save_to_disk, **checkpointables: see `DetectionCheckpointer`.
         class_names: names of the classes in their order, saved with the weights.
+
+    Attributes:
+        writer: of `save`; how it writes, and how many stay, can be set there.
     """
 
     def __init__(self, model, save_dir="", *, class_names=None, **options):
         super().__init__(model, save_dir, **options)
         self.class_names = class_names
+        self.writer = CheckpointWriter(save_dir)
         self._is_zoo = False
         self._allow_partial = False
 
@@ -70,12 +76,21 @@ class ATSSCheckpointer(DetectionCheckpointer):
 
     def save(self, name: str, **kwargs: Any) -> None:
         """See `DetectionCheckpointer.save`; adds class names, and the geometry of a two-stage model
-        that its parts do not store themselves."""
+        that its parts do not store themselves.
+
+        Raises:
+            OSError: see `CheckpointWriter.write`.
+        """
+        if not self.save_dir or not self.save_to_disk:
+            return
+        content = {"model": self.model.state_dict()}
+        content.update((key, part.state_dict()) for key, part in self.checkpointables.items())
         if self.class_names:
-            kwargs.setdefault(_CLASS_NAMES_KEY, list(self.class_names))
+            content[_CLASS_NAMES_KEY] = list(self.class_names)
         if not isinstance(self.model, StoresSettings):
-            kwargs.setdefault(OVERRIDES_KEY, settings_of(self.model))
-        super().save(name, **kwargs)
+            content[OVERRIDES_KEY] = settings_of(self.model)
+        logger.info("Saving checkpoint %s", os.path.join(self.save_dir, f"{name}.pth"))
+        self.writer.write({**content, **kwargs}, f"{name}.pth")
 
     def _load_file(self, filename: str) -> Dict[str, Any]:
         if filename.endswith(".pkl"):
@@ -223,7 +238,7 @@ def require_weights(folder: str, weights: str, resume: bool) -> str:
 
     Raises:
         FileNotFoundError: nothing to resume, or no such weights.
-        CheckpointError: weights that cannot be downloaded, or a damaged last_checkpoint.
+        CheckpointError: weights that cannot be downloaded, or no complete checkpoint to resume.
     """
     found: Any = None
     if comm.is_main_process():

@@ -9,12 +9,13 @@ import os
 import pickle
 import re
 import types
-from typing import Any, Dict
+from typing import IO, Any, Callable, Dict
 
 import torch
 
 from detectron2.utils.file_io import PathManager
 
+UNFINISHED = ".part"  # ends the name of a file until it is complete
 # The first digits of a hash end a file's name, but so may a date, 20200209.
 _DATE = r"(?:19|20)\d\d(?:0[1-9]|1[0-2])(?:0[1-9]|[12]\d|3[01])"
 _HASH_SUFFIX = re.compile(rf"-(?!{_DATE}\.pth$)([0-9a-f]{{8,64}})\.pth$")
@@ -84,18 +85,40 @@ def write_checkpoint(content: Dict[str, Any], path: str) -> None:
     """Write tensors and plain values completely or not at all: an existing file stays until then.
 
     Raises:
-        OSError: if it cannot be written, as where its folder does not exist.
+        OSError: if it cannot be written, as where its folder does not exist or the disk is full.
     """
-    temporary = f"{path}.{os.getpid()}.part"
+    try:
+        _write_safely(path, lambda file: torch.save(content, file))
+    except RuntimeError as error:  # PyTorch closes its archive after the error, and fails again
+        if isinstance(error.__context__, OSError):
+            raise error.__context__ from None
+        raise
+
+
+def write_text(text: str, path: str) -> None:
+    """As `write_checkpoint`, for a short text."""
+    _write_safely(path, lambda file: file.write(text.encode()))
+
+
+def _write_safely(path: str, write: Callable[[IO[bytes]], Any]) -> None:
+    temporary = f"{path}.{os.getpid()}{UNFINISHED}"
     try:
         with open(temporary, "wb") as file:
-            torch.save(content, file)
+            write(file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
         if os.path.exists(temporary):
             os.remove(temporary)
+    if os.name == "posix":  # the new name survives a power cut, too
+        folder = os.open(os.path.dirname(path) or ".", os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        except OSError:
+            pass  # some network file systems do not offer it
+        finally:
+            os.close(folder)
 
 
 def check_pickle(path: str) -> None:
@@ -126,7 +149,7 @@ def fetch(url: str) -> str:
         path = PathManager.get_local_path(url)
     except Exception as error:  # each handler has errors of its own
         raise CheckpointError(
-            f"Cannot get {url} ({_first_line(error)}). Check the network, or download the file "
+            f"Cannot get {url} ({first_line(error)}). Check the network, or download the file "
             "elsewhere and give its path as train.init_checkpoint (MODEL.WEIGHTS)."
         ) from error
     expected = _HASH_SUFFIX.search(url)
@@ -140,61 +163,6 @@ def fetch(url: str) -> str:
                 f"{url} is not what its name promises: its sha256 starts with "
                 f"{digest.hexdigest()[:8]}, not {expected.group(1)}. Delete {path!r} and try again."
             )
-    return path
-
-
-def find_weights(path: str) -> str:
-    """Local file that a path, a URL, or the folder of a run means.
-
-    Args:
-        path: "" for none. A folder means its last checkpoint.
-
-    Returns:
-        Path of the file; `path` itself if it is a zoo's, which Detectron2 looks up once more.
-
-    Raises:
-        FileNotFoundError: no such file, or no checkpoint in the folder.
-        CheckpointError: a URL that does not answer.
-    """
-    if os.path.isdir(path):
-        return last_checkpoint(path)
-    if "://" in path:
-        local_path = fetch(path.partition("?")[0])
-        return local_path if path.startswith(("http://", "https://")) else path
-    if path and not os.path.isfile(path.partition("?")[0]):
-        raise FileNotFoundError(
-            f"Weights {path!r} cannot be loaded: there is no such file. Check "
-            "train.init_checkpoint (MODEL.WEIGHTS) or --weights."
-        )
-    return path
-
-
-def last_checkpoint(folder: str, asked_by: str = "") -> str:
-    """The checkpoint that a run wrote last: what its file last_checkpoint names.
-
-    Args:
-        folder: output folder of a run.
-        asked_by: start of the message, "--resume: ".
-
-    Raises:
-        FileNotFoundError: no checkpoint in the folder.
-        CheckpointError: last_checkpoint is empty, no text, or names a file that is not there.
-    """
-    tag = os.path.join(folder, "last_checkpoint")
-    if not os.path.isfile(tag):
-        raise FileNotFoundError(
-            f"{asked_by}there is no checkpoint in {folder!r}. Name the folder of a run, "
-            "train.output_dir (OUTPUT_DIR), or start without --resume."
-        )
-    with open(tag, "rb") as file:
-        name = file.read(4096).decode("utf-8", "replace").strip()
-    path = os.path.join(folder, name)
-    if not name or not os.path.isfile(path):
-        there = sorted(entry for entry in os.listdir(folder) if entry.endswith(".pth"))
-        raise CheckpointError(
-            f"{tag!r} needs to hold the name of a checkpoint in that folder, but it "
-            f"{'is empty' if not name else f'says {name[:40]!r}'}. Write one of {there} into it."
-        )
     return path
 
 
@@ -238,11 +206,11 @@ def _load_tensors_and_logs(file: Any, **options: Any) -> Any:
 def _corrupt(path: str, error: Exception) -> CheckpointError:
     return CheckpointError(
         f"{path!r} is no complete checkpoint: it is truncated, corrupt or of another kind "
-        f"({_first_line(error)})."
+        f"({first_line(error)})."
     )
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
     """Without escapes for terminals."""
     lines = re.sub(r"\x1b\[[0-9;]*m", "", str(error)).strip().splitlines()
     return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__

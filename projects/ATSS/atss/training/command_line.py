@@ -9,9 +9,11 @@ from typing import Any, Callable, Optional, Sequence
 import torch
 
 from ..data import add_dataset_arguments
-from .launch import launch
+from .launch import join_job, launch, launched_place
 from .settings import Config, available_device
 from .setup import start_screen
+from .signals import STOPPED
+from .slurm import submit_job
 
 # What a user can cause and fix: a sentence is enough. Anything else is a bug and shows its trace.
 _USER_ERRORS = (ValueError, OSError, FloatingPointError)
@@ -50,6 +52,12 @@ def training_parser(description: str) -> argparse.ArgumentParser:
     parser.add_argument(
         "--resume", action="store_true", help="continue from the output folder's last checkpoint"
     )
+    parser.add_argument(
+        "--auto-resume",
+        action="store_true",
+        help="--resume if the output folder has a checkpoint of this run, else start; a process "
+        "that torchrun or SLURM started again does so unasked",
+    )
     parser.add_argument("--eval-only", action="store_true", help="evaluate, do not train")
     parser.add_argument(
         "--num-gpus",
@@ -61,6 +69,12 @@ def training_parser(description: str) -> argparse.ArgumentParser:
     parser.add_argument("--machine-rank", type=int, default=0, help="which machine this is, from 0")
     parser.add_argument(
         "--dist-url", default="auto", help="where processes meet, e.g. tcp://127.0.0.1:8686"
+    )
+    parser.add_argument(
+        "--slurm",
+        metavar="NAME=VALUE,...",
+        help="submit this command to SLURM, with parameters of submitit: a node for each machine, "
+        "a task for each process, e.g. timeout_min=1440,slurm_partition=gpu",
     )
     add_dataset_arguments(parser)
     parser.add_argument(
@@ -115,18 +129,31 @@ def run(
     """
     try:
         import_modules(args.modules)
+        place = launched_place()
+        count = place.world_size if place else args.num_gpus * args.num_machines
+        is_submitted = place is None and getattr(args, "slurm", None) is not None
         device = "cuda"
-        if load is not None and args.num_gpus * args.num_machines > 1:
+        if load is not None and (count > 1 or is_submitted):
             device = available_device(load(args.config_file, args.opts))
-        launch(
-            _run_worker,
-            args.num_gpus,
-            args.num_machines,
-            args.machine_rank,
-            args.dist_url,
-            args=(main, args),
-            device=device,
-        )
+        if is_submitted:
+            submit_job(args, device)
+        elif place is not None:
+            if args.num_gpus * args.num_machines != 1:
+                raise ValueError(
+                    "The program that started this process decides on the number of processes: "
+                    "leave out --num-gpus and --num-machines (torchrun takes --nproc-per-node)."
+                )
+            join_job(_run_worker, place, args=(main, args), device=device)
+        else:
+            launch(
+                _run_worker,
+                args.num_gpus,
+                args.num_machines,
+                args.machine_rank,
+                args.dist_url,
+                args=(main, args),
+                device=device,
+            )
     except UserMistake as mistake:
         sys.exit(str(mistake))
     except _USER_ERRORS as error:
@@ -135,6 +162,10 @@ def run(
         _, is_mistake, sentence = str(error).rpartition(f"{UserMistake.__name__}: ")
         if is_mistake:
             sys.exit(sentence.strip())
+        raise
+    except torch.multiprocessing.ProcessExitedException as error:
+        if error.exit_code == STOPPED:
+            sys.exit(STOPPED)
         raise
 
 

@@ -9,8 +9,23 @@ from detectron2.utils.registry import locate
 
 from ..build import accepted_arguments
 from ..config import add_atss_config
-from .saved_configs import find_config
+from .saved_configs import find_config, load_saved_lazy_config
 from .settings import Config, available_device
+
+
+def load_config(config_file: str, overrides: Sequence[str] = ()) -> Config:
+    """A config of either kind, by what its file is.
+
+    Args:
+        config_file: Python or YAML file, or the folder of a run.
+        overrides: as its kind takes them.
+
+    Raises:
+        FileNotFoundError, ValueError: see `load_lazy_config`, `load_yaml_config`.
+    """
+    config_file = find_config(config_file)
+    is_lazy = config_file.endswith(".py") or not _has_capital_keys(config_file)
+    return (load_lazy_config if is_lazy else load_yaml_config)(config_file, overrides)
 
 
 def load_lazy_config(config_file: str, overrides: Sequence[str] = ()) -> DictConfig:
@@ -22,7 +37,8 @@ def load_lazy_config(config_file: str, overrides: Sequence[str] = ()) -> DictCon
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: for a YAML config of the other kind; see `update_lazy_config`.
+        ValueError: for a YAML config of the other kind, or one that could run code; see
+            `update_lazy_config`.
     """
     config_file = find_config(config_file)
     if not config_file.endswith(".py") and _has_capital_keys(config_file):
@@ -30,7 +46,9 @@ def load_lazy_config(config_file: str, overrides: Sequence[str] = ()) -> DictCon
             f"{config_file} is a YAML config, but a LazyConfig (.py) is needed here: take its .py "
             "twin or tools/train_net.py."
         )
-    return update_lazy_config(LazyConfig.load(config_file), overrides)
+    if config_file.endswith(".py"):
+        return update_lazy_config(LazyConfig.load(config_file), overrides)
+    return update_lazy_config(load_saved_lazy_config(config_file), overrides)
 
 
 def update_lazy_config(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:

@@ -17,8 +17,12 @@ from ..checkpoint import ATSSCheckpointer
 from ..device import compile_dense_parts
 from .evaluation import Results, evaluate_lazy
 from .loop import StepTrainer, autocast_dtype, create_ddp_model
+from .metrics_file import MetricsWriter
 from .models import build_model, load_for_training, make_checkpointer
-from .settings import Config, get_setting
+from .nonfinite import NonFiniteGuard
+from .random_state import RandomState
+from .saving import CheckpointHook, EvalHook
+from .settings import Config, checkpoint_settings, get_setting
 
 logger = logging.getLogger(__name__)
 
@@ -47,11 +51,40 @@ def build_step_trainer(
     precision = get_setting(cfg, "amp_precision", "float16")
     dtype = autocast_dtype(get_setting(cfg, "amp"), precision, device)
     options = {"broadcast_buffers": False} if isinstance(cfg, CfgNode) else cfg.train.ddp
-    return StepTrainer(create_ddp_model(model, **options), data_loader, optimizer, dtype)
+    model = create_ddp_model(model, **options)
+    return StepTrainer(model, data_loader, optimizer, dtype, build_guard(cfg, dtype))
+
+
+def build_guard(cfg: Config, dtype: Optional[torch.dtype]) -> NonFiniteGuard:
+    """What a run does with losses that are not finite."""
+    max_skips = get_setting(cfg, "max_nonfinite_steps", 0)
+    return NonFiniteGuard(get_setting(cfg, "output_dir"), max_skips, dtype)
+
+
+class StopHook(HookBase):
+    """Saves and leaves the process after a step in which a process was asked to stop.
+
+    Args:
+        step_trainer: whose steps are watched.
+        saving: writes the checkpoint.
+    """
+
+    def __init__(self, step_trainer: StepTrainer, saving: CheckpointHook):
+        self.step_trainer = step_trainer
+        self.saving = saving
+
+    def after_step(self) -> None:
+        iteration = self.trainer.iter
+        if self.step_trainer.report.is_stop_asked and iteration + 1 < self.trainer.max_iter:
+            self.saving.save_now(iteration)
+            self.saving.finish()
+            logger.warning("Asked to stop: iteration %d is saved, --resume goes on.", iteration)
+            self.step_trainer.stop.exit()
 
 
 def build_hooks(
     cfg: Config,
+    step_trainer: StepTrainer,
     checkpointer: ATSSCheckpointer,
     scheduler: Any,
     evaluate: Callable[[], Optional[Results]],
@@ -65,25 +98,27 @@ def build_hooks(
 
     Args:
         cfg: of either kind.
+        step_trainer: of `build_step_trainer`.
         checkpointer: of `make_checkpointer`.
         scheduler: of the learning rate, as `hooks.LRScheduler` takes it.
         evaluate: called every eval_period iterations and at the end.
         build_writers: makes the writers, on the main process.
         before_saving, before_writing: further hooks; what the latter record is written.
     """
-    if isinstance(cfg, CfgNode):
-        saving, log_period = {"period": cfg.SOLVER.CHECKPOINT_PERIOD}, 20
-    else:
-        saving, log_period = cfg.train.checkpointer, cfg.train.log_period
+    log_period = 20 if isinstance(cfg, CfgNode) else cfg.train.log_period
+    folder = get_setting(cfg, "output_dir")
+    random_state = RandomState(get_setting(cfg, "seed", -1))
+    saving = CheckpointHook(checkpointer, **checkpoint_settings(cfg), random_state=random_state)
     is_main = comm.is_main_process()
     return [
         hooks.IterationTimer(),
         hooks.LRScheduler(scheduler=scheduler),
         *before_saving,
-        hooks.PeriodicCheckpointer(checkpointer, **saving) if is_main else None,
-        hooks.EvalHook(get_setting(cfg, "eval_period"), evaluate),
+        saving,
+        StopHook(step_trainer, saving),
+        EvalHook(get_setting(cfg, "eval_period"), evaluate, folder, saving.note),
         *before_writing,
-        hooks.PeriodicWriter(build_writers(), period=log_period) if is_main else None,
+        MetricsWriter(build_writers, folder, log_period) if is_main else None,
     ]
 
 
@@ -117,6 +152,7 @@ def train_lazy(
     trainer.register_hooks(
         build_hooks(
             cfg,
+            trainer,
             checkpointer,
             instantiate(cfg.lr_multiplier),
             evaluate,
@@ -125,5 +161,6 @@ def train_lazy(
         )
     )
     start = load_for_training(cfg, checkpointer, resume)
-    trainer.train(start, cfg.train.max_iter)
+    with trainer.stop:
+        trainer.train(start, cfg.train.max_iter)
     return results[0]

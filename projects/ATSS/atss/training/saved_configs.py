@@ -1,11 +1,15 @@
 """Configs in the folder of a run: saved, found, and compared with a run that resumes it."""
 
+import json
 import logging
 import os
+import sys
 import tempfile
+import time
 from typing import Any, Dict
 
 import yaml
+from omegaconf import DictConfig, OmegaConf
 
 from detectron2.config import CfgNode, LazyConfig
 from detectron2.utils import comm
@@ -14,6 +18,8 @@ from ..checkpoint import GEOMETRY_KEYS, yacs_overrides
 from .settings import Config, get_setting, key_of
 
 logger = logging.getLogger(__name__)
+
+_START = "run.json"  # written when a run starts from its beginning
 
 
 def find_config(config_file: str) -> str:
@@ -29,6 +35,25 @@ def find_config(config_file: str) -> str:
     return config_file
 
 
+def load_saved_lazy_config(path: str) -> DictConfig:
+    """A LazyConfig from the YAML it was saved as, without building Python objects.
+
+    Detectron2's reader would build any object that the file asks for, and so run its code.
+
+    Raises:
+        ValueError: for a file that asks for objects.
+    """
+    with open(path, encoding="utf-8") as file:
+        try:
+            content = yaml.safe_load(file)
+        except yaml.YAMLError as error:
+            raise ValueError(
+                f"{path} is not a config of plain values: {str(error).splitlines()[0]}. A saved "
+                "config that holds Python objects could run code; use the .py config."
+            ) from error
+    return OmegaConf.create(content, flags={"allow_objects": True})
+
+
 def save_config(cfg: Config, path: str) -> None:
     """Write a config of either kind as YAML."""
     if isinstance(cfg, CfgNode):
@@ -36,6 +61,26 @@ def save_config(cfg: Config, path: str) -> None:
             file.write(cfg.dump())
     else:
         LazyConfig.save(cfg, path)
+
+
+def mark_start(folder: str) -> None:
+    """Say in a run's folder that a run starts from its beginning; on the main process."""
+    with open(os.path.join(folder, _START), "w", encoding="utf-8") as file:
+        json.dump({"command": sys.argv, "time": time.strftime("%Y-%m-%d %H:%M:%S")}, file)
+
+
+def has_own_checkpoint(folder: str) -> bool:
+    """Whether the run that started last in a folder has saved there. All processes call it.
+
+    An earlier run may have left checkpoints, which are older than the mark of this one's start.
+    """
+    found = False
+    if comm.is_main_process():
+        last, start = (os.path.join(folder, name) for name in ("last_checkpoint", _START))
+        found = os.path.isfile(last) and (
+            not os.path.isfile(start) or os.path.getmtime(last) >= os.path.getmtime(start)
+        )
+    return comm.all_gather(found)[0]
 
 
 def compare_with_saved(cfg: Config) -> None:

@@ -30,9 +30,11 @@ _KEYS = {
     "val_sets": ("dataloader.test.dataset.names", "DATASETS.TEST"),
     "max_iter": ("train.max_iter", "SOLVER.MAX_ITER"),
     "batch_size": ("dataloader.train.total_batch_size", "SOLVER.IMS_PER_BATCH"),
+    "seed": ("train.seed", "SEED"),
     "eval_period": ("train.eval_period", "TEST.EVAL_PERIOD"),
     "channels_last": ("train.channels_last", "SOLVER.CHANNELS_LAST"),
     "compile": ("train.compile", "SOLVER.COMPILE"),
+    "max_nonfinite_steps": ("train.max_nonfinite_steps", "SOLVER.MAX_NONFINITE_STEPS"),
     "amp": ("train.amp.enabled", "SOLVER.AMP.ENABLED"),
     "amp_precision": ("train.amp.precision", "SOLVER.AMP.PRECISION"),
     "prepare": ("train.prepare", "TEST.PREPARE"),
@@ -72,6 +74,17 @@ def put_setting(cfg: Config, name: str, value: Any) -> None:
     for part in node.split("."):
         cfg = cfg[part]
     setattr(cfg, last, value)
+
+
+def checkpoint_settings(cfg: Config) -> Dict[str, Any]:
+    """What a config of either kind says of checkpoints, as `CheckpointHook` takes it."""
+    if not isinstance(cfg, CfgNode):
+        return dict(cfg.train.checkpointer)
+    node = cfg.SOLVER.get("CHECKPOINTER", {})
+    return {
+        "period": cfg.SOLVER.CHECKPOINT_PERIOD,
+        **{key.lower(): value for key, value in node.items()},
+    }
 
 
 def available_device(cfg: Config) -> str:

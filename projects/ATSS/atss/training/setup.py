@@ -5,17 +5,20 @@ The screen has what a person follows; log.txt in the output folder has everythin
 
 import argparse
 import logging
+import os
 import re
 import sys
-from os.path import join
+from os.path import isdir, join
 
 from detectron2.engine import default_setup
 from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
 from detectron2.utils.logger import setup_logger
 
-from ..checkpoint import require_weights
-from .saved_configs import compare_with_saved
+from ..checkpoint import remove_unfinished, require_weights
+from .processes import run_on_main
+from .run_lock import lock_run
+from .saved_configs import compare_with_saved, has_own_checkpoint, mark_start
 from .settings import Config, available_device, check_schedule, get_setting, key_of
 
 logger = logging.getLogger(__name__)
@@ -45,13 +48,15 @@ def set_up_run(cfg: Config, args: argparse.Namespace) -> None:
     Raises:
         FileNotFoundError: nothing to resume, or no such weights.
         ValueError: the output folder cannot be made; see `check_schedule`, `require_weights`,
-            `compare_with_saved`.
+            `compare_with_saved`, `lock_run`.
     """
     is_training = not getattr(args, "eval_only", False)
-    is_resumed = getattr(args, "resume", False)
     if is_training:
         check_schedule(cfg, comm.get_world_size())
     folder, key = get_setting(cfg, "output_dir"), key_of(cfg, "output_dir")
+    if is_training and (getattr(args, "auto_resume", False) or _is_restart()):
+        args.resume = getattr(args, "resume", False) or has_own_checkpoint(folder)
+    is_resumed = getattr(args, "resume", False)
     require_weights(folder, get_setting(cfg, "weights"), is_resumed)
     try:
         PathManager.mkdirs(folder or ".")
@@ -59,6 +64,8 @@ def set_up_run(cfg: Config, args: argparse.Namespace) -> None:
         raise ValueError(
             f"The output folder {folder!r} cannot be made ({error.strerror}). Change {key}."
         ) from error
+    if is_training and isdir(folder or "."):
+        run_on_main(_take, folder, key)
     is_used = any(PathManager.isfile(join(folder, name)) for name in _RESULTS)
     comm.synchronize()  # no process finds what another has just written
     _open_log(folder)
@@ -71,8 +78,21 @@ def set_up_run(cfg: Config, args: argparse.Namespace) -> None:
         )
     if is_training and is_resumed:
         compare_with_saved(cfg)  # before default_setup replaces the saved config
+    elif is_training and comm.is_main_process():
+        mark_start(folder)
     default_setup(cfg, args)
     logger.info("%s", _first_screen(cfg, args, is_training))
+
+
+def _is_restart() -> bool:
+    """Whether torchrun or SLURM has started this process before."""
+    counts = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
+    return any(os.environ.get(name, "0") != "0" for name in counts)
+
+
+def _take(folder: str, key: str) -> None:
+    lock_run(folder, key)
+    remove_unfinished(folder)
 
 
 def _first_screen(cfg: Config, args: argparse.Namespace, is_training: bool) -> str:
