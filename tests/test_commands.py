@@ -70,7 +70,9 @@ BENCHMARK = (
     "--image-size 64x96 --objects 1 --batch-sizes 1 --num-classes 3 --repeats 1 --threads 1 "
     "--model toy/atss_toy --no-growth --no-memory"
 )
-ONE_PROCESS = (r"--num-gpus \d+", "--num-gpus 1")
+ONE_PROCESS = (
+    r"--num-gpus \d+( --num-machines \d+ --machine-rank \d+ --dist-url \S+)?", "--num-gpus 1"
+)  # fmt: skip
 
 # How each command is tested. Keys are regular expressions of whole commands; the first that fits
 # counts. A command with substitutions is run after them, with none as printed. One with a reason
@@ -79,6 +81,8 @@ COMMANDS: Dict[str, Union[str, Substitutions]] = {
     "make demo": [("make demo", "python tools/demo.py"), adding(LAZY)],
     "make (setup|test)": "downloads packages, and these tests are a part of it",
     "pip install .*": "changes the environment",
+    "torchrun .*": "training/test_launch.py has it; the tool's own command is run here",
+    "python tools/lazyconfig_train_net.py --slurm .*": "test_launch.py has a local cluster",
     "python tools/lazyconfig_train_net.py .* train.init_checkpoint=atss_R_101_FPN_2x.pth": [
         adding(LAZY)
     ],
@@ -185,6 +189,10 @@ def check_arguments(command: str) -> None:
         AssertionError: it does not.
     """
     program, *arguments = shlex.split(command)
+    if program == "torchrun":
+        tool = [argument.startswith("tools/") for argument in arguments].index(True)
+        program, arguments = "python", arguments[tool:]
+        command = shlex.join([program, *arguments])
     if program == "make":
         dry_run = ["make", "--dry-run", *arguments]
         process = subprocess.run(dry_run, cwd=REPO, capture_output=True, text=True)

@@ -12,7 +12,6 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 
 from detectron2.config import CfgNode, LazyConfig
-from detectron2.utils import comm
 
 from ..checkpoint import GEOMETRY_KEYS, yacs_overrides
 from .settings import Config, get_setting, key_of
@@ -70,17 +69,14 @@ def mark_start(folder: str) -> None:
 
 
 def has_own_checkpoint(folder: str) -> bool:
-    """Whether the run that started last in a folder has saved there. All processes call it.
+    """Whether the run that started last in a folder has saved there.
 
     An earlier run may have left checkpoints, which are older than the mark of this one's start.
     """
-    found = False
-    if comm.is_main_process():
-        last, start = (os.path.join(folder, name) for name in ("last_checkpoint", _START))
-        found = os.path.isfile(last) and (
-            not os.path.isfile(start) or os.path.getmtime(last) >= os.path.getmtime(start)
-        )
-    return comm.all_gather(found)[0]
+    last, start = (os.path.join(folder, name) for name in ("last_checkpoint", _START))
+    if not os.path.isfile(last):
+        return False
+    return not os.path.isfile(start) or os.path.getmtime(last) >= os.path.getmtime(start)
 
 
 def compare_with_saved(cfg: Config) -> None:
@@ -93,7 +89,7 @@ def compare_with_saved(cfg: Config) -> None:
         ValueError: for another optimizer or number of classes, whose state the run cannot take.
     """
     path = os.path.join(get_setting(cfg, "output_dir"), "config.yaml")
-    if not comm.is_main_process() or not os.path.isfile(path):
+    if not os.path.isfile(path):
         return
     with tempfile.TemporaryDirectory() as folder:
         saved = os.path.join(folder, "config.yaml")

@@ -55,7 +55,7 @@ def set_up_run(cfg: Config, args: argparse.Namespace) -> None:
         check_schedule(cfg, comm.get_world_size())
     folder, key = get_setting(cfg, "output_dir"), key_of(cfg, "output_dir")
     if is_training and (getattr(args, "auto_resume", False) or _is_restart()):
-        args.resume = getattr(args, "resume", False) or has_own_checkpoint(folder)
+        args.resume = getattr(args, "resume", False) or run_on_main(has_own_checkpoint, folder)
     is_resumed = getattr(args, "resume", False)
     require_weights(folder, get_setting(cfg, "weights"), is_resumed)
     try:
@@ -77,7 +77,7 @@ def set_up_run(cfg: Config, args: argparse.Namespace) -> None:
             key,
         )
     if is_training and is_resumed:
-        compare_with_saved(cfg)  # before default_setup replaces the saved config
+        run_on_main(compare_with_saved, cfg)  # before default_setup replaces the saved config
     elif is_training and comm.is_main_process():
         mark_start(folder)
     default_setup(cfg, args)
