@@ -68,9 +68,11 @@ def do_train(cfg, resume):
     }
     state = {name: part for name, part in parts.items() if hasattr(part, "state_dict")}
     checkpointer = make_checkpointer(cfg, model, **state)
-    random_state = RandomState(cfg.train.seed)
     saving = CheckpointHook(
-        checkpointer, **cfg.train.checkpointer, random_state=random_state, max_iter=max_iter
+        checkpointer,
+        **cfg.train.checkpointer,
+        random_state=RandomState(cfg.train.seed),
+        max_iter=max_iter,
     )
     checkpointer.add_checkpointable("saving", saving)
     start_iter = load_for_training(cfg, checkpointer, resume)
@@ -85,7 +87,7 @@ def do_train(cfg, resume):
     writers = default_writers(cfg.train.output_dir, max_iter) if is_main else []
 
     logger.info("Starting training from iteration %d", start_iter)
-    random_state.restore(start_iter)
+    saving.resume(start_iter)
     with EventStorage(start_iter) as storage, StopRequest() as stop:
         for iteration, data in zip(range(start_iter, max_iter), loader):
             storage.iter = iteration

@@ -2,6 +2,7 @@
 
 import copy
 import os
+import re
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Dict, Optional
 
@@ -84,7 +85,7 @@ class CheckpointWriter:
 def remove_unfinished(folder: str) -> None:
     """Remove what killed runs have left in a folder that no other run writes into."""
     for name in os.listdir(folder or "."):
-        if name.startswith("model_") and name.endswith(UNFINISHED):
+        if re.search(rf"\.\d+{re.escape(UNFINISHED)}$", name):  # a checkpoint, or a text beside it
             os.remove(os.path.join(folder, name))
 
 

@@ -14,6 +14,8 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
+from ..checkpoint.files import UNFINISHED
+
 NAME = "run.lock"
 BEAT = 10.0  # seconds between signs of life
 STALE_AFTER = 60.0  # seconds without one
@@ -45,7 +47,7 @@ def lock_run(folder: str, key: str = "train.output_dir (OUTPUT_DIR)") -> None:
                 f"process {other.get('pid', 'unknown')}). Take another {key}, or end that run; if "
                 f"there is none, delete {path!r}."
             )
-        temporary = f"{path}.{os.getpid()}"
+        temporary = f"{path}.{os.getpid()}{UNFINISHED}"
         with open(temporary, "w") as file:
             json.dump(own, file)
         os.replace(temporary, path)

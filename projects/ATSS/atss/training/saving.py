@@ -74,8 +74,10 @@ class CheckpointHook(HookBase):
 
     def before_train(self) -> None:
         self.max_iter = self.trainer.max_iter
-        if self.random_state is not None:
-            self.random_state.restore(self.trainer.start_iter)
+        start = self.trainer.iter
+        self.trainer.iter = start - 1  # whose checkpoint `resume` may write
+        self.resume(start)
+        self.trainer.iter = start
 
     def after_step(self) -> None:
         self.step(self.trainer.iter)
@@ -88,6 +90,23 @@ class CheckpointHook(HookBase):
             self.checkpointer.writer.wait()
         except OSError as error:
             logger.error("%s", self._sentence(error))
+
+    def resume(self, num_iters: int) -> None:
+        """Go on from the loaded checkpoint; without a trainer, call it on all processes.
+
+        A run that was killed after its last iteration gets the final checkpoint that it lacks.
+
+        Args:
+            num_iters: how many iterations the checkpoint had done.
+
+        Raises:
+            OSError: see `step`.
+        """
+        if self.random_state is not None:
+            self.random_state.restore(num_iters)
+        is_done = self.max_iter is not None and 0 < self.max_iter <= num_iters
+        if is_done and not run_on_main(self.checkpointer.get_checkpoint_file).endswith(FINAL):
+            self._save(FINAL[: -len(".pth")], num_iters - 1)
 
     def step(self, iteration: int, results: Optional[Mapping[str, Any]] = None) -> None:
         """What is to do after an iteration. Without a trainer, call it on all processes.
