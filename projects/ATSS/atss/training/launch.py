@@ -207,6 +207,8 @@ def _process_group(
     meeting = dist.rendezvous(init_method, place.rank, place.world_size, timeout=timeout)
     store, *_ = next(meeting)
     store.set_timeout(timeout)
+    # torchrun keeps its store when it starts processes again: addresses of the dead are in there.
+    store = dist.PrefixStore(f"life_{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
     check_connections(store, place.rank, place.world_size, place.local_world_size, timeout)
     group = dict(rank=place.rank, world_size=place.world_size, timeout=timeout)
     dist.init_process_group(backend, store=dist.PrefixStore("run", store), **group)
