@@ -59,6 +59,15 @@ setup(
         "export": EXPORT,
         "slurm": SLURM,
         "fast-eval": FAST_EVAL,
-        "dev": ["pytest", "pytest-cov", "pytest-xdist", "ruff", *EXPORT, *SLURM, *FAST_EVAL],
+        "dev": [
+            "hypothesis",
+            "pytest",
+            "pytest-cov",
+            "pytest-xdist",
+            "ruff",
+            *EXPORT,
+            *SLURM,
+            *FAST_EVAL,
+        ],
     },
 )

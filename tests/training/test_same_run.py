@@ -77,6 +77,7 @@ PLACES = {
     "forward": (ATSSDetector, "forward", 4, lambda model, _: model.training),
     "update": (torch.optim.AdamW, "step", 4),
     "checkpoint": (torch, "save", 2),
+    "final checkpoint": (torch, "save", 4),  # after the last step: nothing is left but this file
     "last_checkpoint": (files, "_write_safely", 2, lambda path, _: "last_checkpoint" in path),
     "evaluation": (ATSSDetector, "forward", 1, lambda model, _: not model.training),
 }  # fmt: skip
@@ -97,7 +98,7 @@ def test_a_run_that_was_killed_goes_on_as_if_nothing_had_happened(
     with pytest.MonkeyPatch.context() as patch:
         resumed = record_steps(patch)
         kill.run_in_process(kind, kill.command(kind, tmp_path, data, "--resume"))
-    assert 0 < len(resumed) < len(steps) and resumed == steps[-len(resumed) :]
+    assert len(resumed) < len(steps) and resumed == steps[len(steps) - len(resumed) :]
     assert_same(tmp_path, reference)
 
 
