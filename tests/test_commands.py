@@ -110,6 +110,7 @@ COMMANDS: Dict[str, Union[str, Substitutions]] = {
     "python tools/compare.py proposals .*": [
         (r"--iterations \d+", "--iterations 2"), (r"--batch-size \d+", "--batch-size 2")
     ],
+    "python tools/stress/.*": "takes minutes",
     "python tools/benchmark.py .*--device cuda .*": "needs a GPU",
     "python tools/benchmark.py .*--markdown .*": [(" --compile", ""), adding(BENCHMARK)],
     "python tools/benchmark.py .*": "the command of a table that was measured earlier",

@@ -13,6 +13,7 @@ ARGUMENTS = {
     "convert_checkpoint": ["in.pth", "out.pth"],
     "demo": [],
     "export_model": ["--zoo", "toy/atss_toy", "--format", "torchscript", "--output", "a.pt"],
+    "replay_batch": ["nonfinite.pth"],
     **dict.fromkeys(
         ("lazyconfig_train_net", "plain_train_net", "train_net"), ["--config-file", "none.py"]
     ),
