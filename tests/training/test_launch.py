@@ -58,7 +58,7 @@ def reports(folder):
 )
 def test_two_processes_form_one_group(launch, tmp_path):
     process = start([*launch, "report", str(tmp_path)])
-    output, _ = process.communicate(timeout=120)
+    output, _ = process.communicate(timeout=180)
     assert process.returncode == 0, output
     first, second = reports(tmp_path)
     assert first["total"] == second["total"] == 3  # 1 + 2
@@ -74,7 +74,7 @@ def test_two_torchrun_agents_are_two_machines_whose_connections_are_tested(tmp_p
         )
         for node in range(2)
     ]  # fmt: skip
-    outputs = [node.communicate(timeout=120)[0] for node in nodes]
+    outputs = [node.communicate(timeout=180)[0] for node in nodes]
     assert [node.returncode for node in nodes] == [0, 0], outputs
     found = reports(tmp_path)
     assert [report["total"] for report in found] == [10] * 4
@@ -101,7 +101,7 @@ def test_interface_that_does_not_exist_is_named_with_its_rank():
         for rank in range(2)
     ]
     for rank, machine in enumerate(machines):
-        output, _ = machine.communicate(timeout=60)
+        output, _ = machine.communicate(timeout=180)
         assert machine.returncode == 1
         last = output.strip().splitlines()[-1]
         assert f"Rank {rank} on" in last and "network interface nowhere0" in last, output
@@ -110,7 +110,7 @@ def test_interface_that_does_not_exist_is_named_with_its_rank():
 def test_processes_started_by_another_program_refuse_a_number_of_their_own(tmp_path):
     launch = torchrun("--standalone", "--nproc-per-node", "1")
     process = start([*launch, *BASE, "--num-gpus", "2", "report", str(tmp_path)])
-    output, _ = process.communicate(timeout=60)
+    output, _ = process.communicate(timeout=180)
     assert process.returncode != 0 and "leave out --num-gpus" in output
 
 
@@ -149,14 +149,14 @@ def test_environment_that_contradicts_itself_is_refused(change, message):
 )
 def test_signal_stops_all_processes_after_the_same_step(number, to_one, tmp_path):
     process = start([*BASE, "--num-gpus", "2", "steps", str(tmp_path)])
-    deadline = time.time() + 60
+    deadline = time.time() + 120
     while len(pids := list(tmp_path.glob("*.pid"))) < 2 and time.time() < deadline:
         time.sleep(0.05)
     if to_one:  # one process of the job, as a machine that is taken away
         os.kill(int(pids[0].stem), number)
     else:
         process.send_signal(number)
-    output, _ = process.communicate(timeout=30)
+    output, _ = process.communicate(timeout=180)
     assert process.returncode == STOPPED, output
     stopped = [path.name.split("_")[1:] for path in tmp_path.glob("stopped_*")]
     assert sorted(rank for rank, _ in stopped) == ["0", "1"]
@@ -174,7 +174,7 @@ def test_second_signal_ends_a_process_at_once():
         "    time.sleep(30)\n"
     )
     process = start(["-c", code])
-    output, _ = process.communicate(timeout=30)
+    output, _ = process.communicate(timeout=180)
     assert process.returncode == -signal.SIGTERM
     assert output.strip().splitlines()[-1] == str(int(signal.SIGTERM))
 
@@ -194,7 +194,7 @@ def test_job_of_a_cluster_runs_the_tool_in_all_its_tasks(tmp_path):
     options = f"cluster=local,folder={tmp_path / 'jobs'},timeout_min=2"
     command = [*BASE, "--num-gpus", "2", "--slurm", options, "report", str(tmp_path)]
     process = start(command)
-    output, _ = process.communicate(timeout=120)
+    output, _ = process.communicate(timeout=180)
     logs = "".join(path.read_text() for path in (tmp_path / "jobs").glob("*.err"))
     assert process.returncode == 0 and "Submitted job" in output, output
     assert [report["total"] for report in reports(tmp_path)] == [3, 3], logs
