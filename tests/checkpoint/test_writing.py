@@ -275,7 +275,7 @@ def test_killed_in_the_middle_of_writes_a_folder_can_be_resumed(asynchronous, tm
         done = [process.stdout.readline() for _ in range(3)]
         time.sleep(delay)
         process.send_signal(signal.SIGKILL)
-        rest = process.communicate(timeout=60)[0].splitlines()
+        rest = process.communicate(timeout=180)[0].splitlines()
         announced = int((rest or done)[-1])
         content = read_checkpoint(last_checkpoint(str(folder)))
         # In a thread the one before the last is complete.

@@ -43,12 +43,12 @@ def test_a_second_run_is_refused_until_the_first_ends(tmp_path):
     assert first.stdout.readline() == "locked\n"
     with pytest.raises(ValueError, match=f"in use by another run .host .*process {first.pid}"):
         lock_run(str(tmp_path))
-    first.communicate("end\n", timeout=60)
+    first.communicate("end\n", timeout=180)
     assert not (tmp_path / NAME).exists()
     lock_run(str(tmp_path))
     lock_run(str(tmp_path))  # its own
     second = hold(tmp_path)
-    assert f"process {os.getpid()})" in second.communicate(timeout=60)[0]
+    assert f"process {os.getpid()})" in second.communicate(timeout=180)[0]
     assert second.returncode == 1
 
 

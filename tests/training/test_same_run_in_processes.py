@@ -139,7 +139,7 @@ def test_a_worker_killed_under_torchrun_is_restarted_and_the_run_is_the_same(dat
         process = subprocess.run(
             [sys.executable, *launcher, "--max-restarts=1", tool, *arguments],
             env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **kill_it},
-            capture_output=True, text=True, timeout=120,
+            capture_output=True, text=True, timeout=300,
         )  # fmt: skip
         assert process.returncode == 0, process.stdout + process.stderr
         log = (tmp_path / name / "log.txt").read_text()
