@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from atss.training.launch import Place, launched_place
-from atss.training.signals import STOPPED
+from atss.training.signals import STOPPED, StopRequest
 from atss.training.slurm import parse_slurm_options
 from conftest import REPO
 
@@ -163,20 +163,40 @@ def test_signal_stops_all_processes_after_the_same_step(number, to_one, tmp_path
     assert len({step for _, step in stopped}) == 1
 
 
-def test_second_signal_ends_a_process_at_once():
-    code = (
+@pytest.mark.parametrize("seconds, code", [(0, 0), (0.3, -signal.SIGTERM)])
+def test_second_signal_ends_a_process_unless_it_is_the_same_request(seconds, code):
+    program = (
         "import os, signal, time\n"
-        "from atss.training.signals import StopRequest\n"
-        "with StopRequest() as stop:\n"
+        "from atss.training import signals\n"
+        "signals.SAME_SIGNAL = 0.2\n"
+        "with signals.StopRequest() as stop:\n"
         "    os.kill(os.getpid(), signal.SIGTERM)\n"
+        f"    time.sleep({seconds})\n"
         "    print(stop.signal, flush=True)\n"
         "    os.kill(os.getpid(), signal.SIGTERM)\n"
-        "    time.sleep(30)\n"
     )
-    process = start(["-c", code])
+    process = start(["-c", program])
     output, _ = process.communicate(timeout=180)
-    assert process.returncode == -signal.SIGTERM
+    assert process.returncode == code
     assert output.strip().splitlines()[-1] == str(int(signal.SIGTERM))
+
+
+def test_in_a_job_of_submitit_its_handler_queues_the_job_again_and_sees_sigterm():
+    seen = []
+    numbers = (signal.SIGUSR2, signal.SIGTERM)
+    before = {n: signal.signal(n, lambda number, _: seen.append(number)) for n in numbers}
+    try:
+        with StopRequest() as stop:
+            os.kill(os.getpid(), signal.SIGTERM)  # which submitit passes over
+            assert seen == [signal.SIGTERM] and stop.signal is None
+            os.kill(os.getpid(), signal.SIGUSR2)
+            assert seen == [signal.SIGTERM] and stop.signal == signal.SIGUSR2
+            with pytest.raises(SystemExit) as end:
+                stop.exit()
+        assert seen == [signal.SIGTERM, signal.SIGUSR2] and end.value.code == 0
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def test_slurm_options_are_read_or_named():

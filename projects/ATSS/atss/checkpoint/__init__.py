@@ -30,6 +30,7 @@ from .overrides import (
     override_weights,
     yacs_overrides,
 )
+from .processes import run_on_main
 from .writing import CheckpointWriter, remove_unfinished
 
 __all__ = [
@@ -56,6 +57,7 @@ __all__ = [
     "rehead",
     "remove_unfinished",
     "require_weights",
+    "run_on_main",
     "write_checkpoint",
     "write_text",
     "yacs_overrides",

@@ -18,6 +18,7 @@ from .convert import convert_checkpoint, detect_source, num_classes_of, unwrap
 from .files import CheckpointError, check_pickle, read_checkpoint
 from .finding import find_weights, last_checkpoint
 from .overrides import OVERRIDES_KEY, override_model
+from .processes import run_on_main
 from .writing import CheckpointWriter
 
 logger = logging.getLogger(__name__)
@@ -240,16 +241,9 @@ def require_weights(folder: str, weights: str, resume: bool) -> str:
         FileNotFoundError: nothing to resume, or no such weights.
         CheckpointError: weights that cannot be downloaded, or no complete checkpoint to resume.
     """
-    found: Any = None
-    if comm.is_main_process():
-        try:
-            found = last_checkpoint(folder, "--resume: ") if resume else find_weights(weights)
-        except (FileNotFoundError, CheckpointError) as error:
-            found = error
-    found = comm.all_gather(found)[0]
-    if isinstance(found, Exception):
-        raise found
-    return found
+    if resume:
+        return run_on_main(last_checkpoint, folder, "--resume: ")
+    return run_on_main(find_weights, weights)
 
 
 def load_or_resume(

@@ -9,10 +9,9 @@ from detectron2.engine import HookBase, hooks
 from detectron2.evaluation.testing import flatten_results_dict
 from detectron2.utils import comm
 
-from ..checkpoint import FINAL, ATSSCheckpointer
+from ..checkpoint import FINAL, ATSSCheckpointer, run_on_main
 from ..checks import check_choice, check_integer
 from .metrics_file import recorded
-from .processes import run_on_main
 from .random_state import RandomState, undisturbed
 
 logger = logging.getLogger(__name__)

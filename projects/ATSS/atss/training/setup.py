@@ -15,8 +15,7 @@ from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
 from detectron2.utils.logger import setup_logger
 
-from ..checkpoint import remove_unfinished, require_weights
-from .processes import run_on_main
+from ..checkpoint import remove_unfinished, require_weights, run_on_main
 from .run_lock import lock_run
 from .saved_configs import compare_with_saved, has_own_checkpoint, mark_start
 from .settings import Config, available_device, check_schedule, get_setting, key_of
