@@ -26,6 +26,7 @@ from atss.losses import DenseLoss
 from atss.predictions import DensePredictions
 from atss.targets import Targets
 
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.layers import DeformConv
 from detectron2.structures import Boxes, Instances
 from detectron2.utils.logger import setup_logger
@@ -54,6 +55,15 @@ needs_deform_conv = pytest.mark.skipif(
 def seed():
     torch.manual_seed(0)
     np.random.seed(0)
+
+
+@pytest.fixture
+def restored_catalogs():
+    """Leaves Detectron2's global catalogs as they were."""
+    before = [(catalog, dict(catalog.data)) for catalog in (DatasetCatalog, MetadataCatalog)]
+    yield
+    for catalog, entries in before:
+        catalog.data = entries
 
 
 def your_data(root, **options) -> Dict[str, str]:

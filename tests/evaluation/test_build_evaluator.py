@@ -12,20 +12,12 @@ from atss.trainer import Trainer
 from stress.evaluation import make_detections, make_ground_truth, register
 
 from detectron2.config import get_cfg, instantiate
-from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data import MetadataCatalog
 from detectron2.evaluation import COCOEvaluator, PascalVOCDetectionEvaluator
 from detectron2.structures import Boxes, Instances
 
+pytestmark = pytest.mark.usefixtures("restored_catalogs")
 NUM_CLASSES = 3
-
-
-@pytest.fixture(autouse=True)
-def catalogs():
-    """Leave Detectron2's global catalogs as they were."""
-    before = [(catalog, dict(catalog.data)) for catalog in (DatasetCatalog, MetadataCatalog)]
-    yield
-    for catalog, entries in before:
-        catalog.data = entries
 
 
 @pytest.fixture

@@ -16,21 +16,13 @@ from atss.tta import ATSSWithTTA, View
 from conftest import tiny_detector
 from stress.evaluation import make_detections, make_ground_truth, register
 
-from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data import MetadataCatalog
 from detectron2.evaluation import COCOEvaluator
 from detectron2.structures import Boxes, Instances
 from detectron2.utils import comm
 
+pytestmark = pytest.mark.usefixtures("restored_catalogs")
 NUM_IMAGES, NUM_CLASSES = 24, 5
-
-
-@pytest.fixture(autouse=True)
-def catalogs():
-    """Leave Detectron2's global catalogs as they were."""
-    before = [(catalog, dict(catalog.data)) for catalog in (DatasetCatalog, MetadataCatalog)]
-    yield
-    for catalog, entries in before:
-        catalog.data = entries
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ from atss.checkpoint import files, read_checkpoint
 from atss.data import loader
 from atss.detector import ATSSDetector
 from atss.training.signals import STOPPED
+from stress import _thin_runs as thin_runs
 from stress import kill
 
 
@@ -18,7 +19,7 @@ class Killed(BaseException):
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    return kill.make_data(tmp_path_factory.mktemp("data"))
+    return thin_runs.make_data(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +32,7 @@ def undisturbed(tmp_path_factory, data):
             folder = tmp_path_factory.mktemp(kind)
             with pytest.MonkeyPatch.context() as patch:
                 steps = record_steps(patch)
-                kill.run_in_process(kind, kill.command(kind, folder, data))
+                thin_runs.run_in_process(kind, thin_runs.command(kind, folder, data))
             found[kind] = folder, steps
         return found[kind]
 
@@ -68,8 +69,8 @@ def kill_at(patch, owner, name, count, is_meant=lambda *_: True):
 
 def assert_same(folder, reference):
     ends = [read_checkpoint(str(f / "model_final.pth")) for f in (folder, reference)]
-    assert list(kill.differences(*ends)) == []
-    assert kill.curve(folder) == kill.curve(reference)
+    assert list(thin_runs.differences(*ends)) == []
+    assert thin_runs.curve(folder) == thin_runs.curve(reference)
 
 
 PLACES = {
@@ -94,10 +95,10 @@ def test_a_run_that_was_killed_goes_on_as_if_nothing_had_happened(
     reference, steps = undisturbed(kind)
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
         kill_at(patch, *PLACES[place])
-        kill.run_in_process(kind, kill.command(kind, tmp_path, data))
+        thin_runs.run_in_process(kind, thin_runs.command(kind, tmp_path, data))
     with pytest.MonkeyPatch.context() as patch:
         resumed = record_steps(patch)
-        kill.run_in_process(kind, kill.command(kind, tmp_path, data, "--resume"))
+        thin_runs.run_in_process(kind, thin_runs.command(kind, tmp_path, data, "--resume"))
     assert len(resumed) < len(steps) and resumed == steps[len(steps) - len(resumed) :]
     assert_same(tmp_path, reference)
 
@@ -106,14 +107,14 @@ def test_a_run_that_was_killed_goes_on_as_if_nothing_had_happened(
 def test_a_run_that_a_signal_stopped_goes_on_as_if_nothing_had_happened(
     kind, data, undisturbed, tmp_path
 ):
-    arguments = kill.command(kind, tmp_path, data, "--auto-resume")
-    life = kill.live(kind, arguments, ("forward", 1, 0.0), number=signal.SIGTERM)
+    arguments = thin_runs.command(kind, tmp_path, data, "--auto-resume")
+    life = thin_runs.live(kind, arguments, ("forward", 1, 0.0), number=signal.SIGTERM)
     assert life.code == STOPPED, life.output
     assert not (tmp_path / "model_final.pth").exists()
-    life = kill.live(kind, arguments)
+    life = thin_runs.live(kind, arguments)
     assert life.code == 0, life.output
     ends = [read_checkpoint(str(f / "model_final.pth")) for f in (tmp_path, undisturbed(kind)[0])]
-    assert list(kill.differences(*ends)) == []
+    assert list(thin_runs.differences(*ends)) == []
 
 
 def test_five_kills_at_random_moments(data, undisturbed, tmp_path):

@@ -12,7 +12,7 @@ from atss.detector import ATSSDetector
 from atss.training.launch import launch
 from atss.training.loop import StepTrainer, create_ddp_model
 from conftest import REPO, make_input, tiny_detector
-from stress import kill
+from stress import _thin_runs as thin_runs
 
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
@@ -99,7 +99,7 @@ def train_in_process(folder, arguments):
 
     ATSSDetector.forward = recording
     try:
-        kill.run_in_process("lazy", arguments)
+        thin_runs.run_in_process("lazy", arguments)
     finally:
         ATSSDetector.forward = forward
     with open(f"{folder}/steps_{comm.get_world_size()}_{comm.get_rank()}.json", "w") as file:
@@ -108,17 +108,17 @@ def train_in_process(folder, arguments):
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    return kill.make_data(tmp_path_factory.mktemp("data"))
+    return thin_runs.make_data(tmp_path_factory.mktemp("data"))
 
 
 def test_a_run_of_one_process_goes_on_in_two_with_the_same_images_and_losses(data, tmp_path):
     run = tmp_path / "run"
-    train_in_process(str(tmp_path), kill.command("lazy", run, data))
+    train_in_process(str(tmp_path), thin_runs.command("lazy", run, data))
     (run / "run.lock").unlink()  # this process still has it
     (run / "model_final.pth").unlink()
     (run / "model_0000005.pth").unlink()
     (run / "last_checkpoint").write_text("model_0000001.pth")
-    arguments = kill.command("lazy", run, data, "--resume")
+    arguments = thin_runs.command("lazy", run, data, "--resume")
     launch(train_in_process, 2, args=(str(tmp_path), arguments), device="cpu")
     expected = json.loads((tmp_path / "steps_1_0.json").read_text())[2:]
     shares = [json.loads((tmp_path / f"steps_2_{rank}.json").read_text()) for rank in (0, 1)]
@@ -135,7 +135,7 @@ def test_a_worker_killed_under_torchrun_is_restarted_and_the_run_is_the_same(dat
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     tool = str(REPO / "tools/lazyconfig_train_net.py")
     for name, kill_it in (("undisturbed", {}), ("killed", {"KILL": "1"})):
-        arguments = kill.command("lazy", tmp_path / name, data, "--import", "killer")
+        arguments = thin_runs.command("lazy", tmp_path / name, data, "--import", "killer")
         process = subprocess.run(
             [sys.executable, *launcher, "--max-restarts=1", tool, *arguments],
             env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **kill_it},
@@ -148,4 +148,4 @@ def test_a_worker_killed_under_torchrun_is_restarted_and_the_run_is_the_same(dat
         read_checkpoint(str(tmp_path / name / "model_final.pth"))
         for name in ("undisturbed", "killed")
     ]
-    assert list(kill.differences(*ends)) == []
+    assert list(thin_runs.differences(*ends)) == []
