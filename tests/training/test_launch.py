@@ -120,7 +120,7 @@ def test_processes_started_by_another_program_refuse_a_number_of_their_own(tmp_p
         ({}, None),
         ({**JOB, **MEETING}, Place(3, 4, 1, 2)),
         ({"RANK": "0", "WORLD_SIZE": "1"}, Place(0, 1, 0, 1)),
-        ({"RANK": "1", "WORLD_SIZE": "2", **MEETING}, Place(1, 2, 1, 2)),
+        ({"RANK": "1", "WORLD_SIZE": "2", **MEETING}, Place(1, 2, 0, 1)),  # a pod for each
     ],
 )
 def test_place_is_read_from_the_environment(environment, place):

@@ -42,7 +42,8 @@ class Place(NamedTuple):
 def launched_place(environment: Optional[Mapping[str, str]] = None) -> Optional[Place]:
     """What the program that started this process says about it; None if none did.
 
-    torchrun, PyTorchJob, SageMaker, Ray Train and submitit set these variables.
+    torchrun, PyTorchJob, SageMaker, Ray Train and submitit set these variables. Without LOCAL_RANK
+    and LOCAL_WORLD_SIZE, as in the pods of a PyTorchJob, each machine has one process.
 
     Args:
         environment: variables of the process, by default its own.
@@ -56,8 +57,8 @@ def launched_place(environment: Optional[Mapping[str, str]] = None) -> Optional[
     names = {
         "RANK": None,
         "WORLD_SIZE": None,
-        "LOCAL_RANK": environment["RANK"],
-        "LOCAL_WORLD_SIZE": environment["WORLD_SIZE"],
+        "LOCAL_RANK": "0",
+        "LOCAL_WORLD_SIZE": "1",
     }
     found = {name: environment.get(name, default) for name, default in names.items()}
     try:
