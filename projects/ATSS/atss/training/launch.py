@@ -218,6 +218,10 @@ def _process_group(
         comm.synchronize()
         yield
     finally:
+        # Detectron2 keeps groups for good, and with them gloo's threads. One that is still letting
+        # go of a message when Python ends would abort the process.
+        comm._LOCAL_PROCESS_GROUP = None
+        comm._get_global_gloo_group.cache_clear()
         dist.destroy_process_group()
 
 
