@@ -38,13 +38,14 @@ LAZY = [
     "dataloader.train.mapper.augmentations.0.short_edge_length=[64]",
     "dataloader.test.mapper.augmentations.0.short_edge_length=64",
     "train.device=cpu", "train.amp.enabled=False", "train.eval_period=3",
-    "train.checkpointer.period=2", "train.log_period=1",
+    "train.checkpointer.period=2", "train.checkpointer.asynchronous=False", "train.log_period=1",
 ]  # fmt: skip
 YAML = [
     "MODEL.RESNETS.STEM_OUT_CHANNELS", "32", "MODEL.RESNETS.RES2_OUT_CHANNELS", "32",
     "MODEL.RESNETS.NORM", "GN", "MODEL.ATSS.HEAD.NUM_CONVS", "1", "MODEL.DEVICE", "cpu",
     "SOLVER.IMS_PER_BATCH", "4", "DATALOADER.NUM_WORKERS", "0", "SOLVER.AMP.ENABLED", "False",
     "SOLVER.MAX_ITER", str(MAX_ITER), "SOLVER.CHECKPOINT_PERIOD", "2", "TEST.EVAL_PERIOD", "3",
+    "SOLVER.CHECKPOINTER.ASYNCHRONOUS", "False",
     "INPUT.MIN_SIZE_TRAIN", "(64,)", "INPUT.MIN_SIZE_TEST", "64",
 ]  # fmt: skip
 
