@@ -12,6 +12,8 @@ from atss.training.signals import STOPPED
 from stress import _thin_runs as thin_runs
 from stress import kill
 
+from detectron2.engine import TrainerBase
+
 
 class Killed(BaseException):
     """Stands for a kill: nothing of the run may catch it."""
@@ -61,6 +63,8 @@ def kill_at(patch, owner, name, count, is_meant=lambda *_: True):
     def call(*args, **kwargs):
         calls[0] += is_meant(*args)
         if calls[0] == count and is_meant(*args):
+            # A process that is killed does not come to what follows training.
+            patch.setattr(TrainerBase, "after_train", lambda trainer: None)
             raise Killed
         return function(*args, **kwargs)
 
