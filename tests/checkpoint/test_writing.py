@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import wait
 
 import pytest
 import torch
@@ -215,6 +216,18 @@ def test_an_error_of_the_thread_is_raised_once_by_whoever_waits(tmp_path):
         writer.wait()
     assert not writer.has_failed()
     writer.wait()
+
+
+def test_a_checkpoint_is_written_though_the_one_before_could_not_be(tmp_path):
+    folder = tmp_path / "late"
+    writer = CheckpointWriter(str(folder), asynchronous=True)
+    writer.write({"model": {}}, "model_0000001.pth")
+    wait([writer._in_flight])
+    folder.mkdir()
+    with pytest.raises(FileNotFoundError):
+        writer.write({"model": {}}, "model_0000003.pth")
+    writer.wait()
+    assert [path.name for path in folder.glob("*.pth")] == ["model_0000003.pth"]
 
 
 def run_python(code, *arguments, **options):

@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import random
+from concurrent.futures import wait
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from atss.training.random_state import undisturbed
 from atss.training.saving import EvalHook
 from torch import nn
 
+from detectron2.engine import hooks
 from detectron2.utils import comm
 from detectron2.utils.events import JSONWriter
 
@@ -37,6 +39,16 @@ class Noisy(nn.Module):
 
     def forward(self, batch):
         return {"loss": (self.weight * torch.rand(4) * batch).sum()}
+
+
+class Settled(hooks.HookBase):
+    """Waits until the thread has written, so that it is certain when a fault is noticed."""
+
+    def __init__(self, writer):
+        self.writer = writer
+
+    def after_step(self):
+        wait([self.writer._in_flight] if self.writer._in_flight else [])
 
 
 def train(folder, max_iter=8, kill_in_evaluation=None, ap=lambda i: float(i), **options):
@@ -61,6 +73,7 @@ def train(folder, max_iter=8, kill_in_evaluation=None, ap=lambda i: float(i), **
     json_file = str(folder / "metrics.json")
     trainer.register_hooks(
         [
+            Settled(checkpointer.writer),
             saving,
             EvalHook(2, evaluate, str(folder), saving.note),
             MetricsWriter(lambda: [JSONWriter(json_file, 1)], str(folder), period=1),

@@ -43,15 +43,17 @@ class CheckpointWriter:
 
         Raises:
             OSError: the file, or in asynchronous mode the one before, could not be written; those
-                that were there are still.
+                that were there are still. This one is written in the latter case, too.
         """
-        self.wait()
-        if not self.asynchronous:
-            self._write(content, name)
-            return
-        if self._pool is None:
-            self._pool = ThreadPoolExecutor(1, "checkpoint")  # joined when the process ends
-        self._in_flight = self._pool.submit(self._write, to_host(content), name)
+        try:
+            self.wait()
+        finally:  # what was wrong with the one before may be over
+            if not self.asynchronous:
+                self._write(content, name)
+            else:
+                if self._pool is None:
+                    self._pool = ThreadPoolExecutor(1, "checkpoint")  # joined at the process's end
+                self._in_flight = self._pool.submit(self._write, to_host(content), name)
 
     def wait(self) -> None:
         """Wait for what is being written; raise, once, what went wrong with it."""
